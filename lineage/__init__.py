@@ -1,0 +1,25 @@
+"""Rank of fine-tune deltas, model families, merges: from weights alone. Verbs are imported on first use."""
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "open_checkpoint": "lineage.checkpoint",
+    "inspect": "lineage.inspection",
+    "svd": "lineage.delta",
+    "open_adapter": "lineage.adapters",
+    "merge": "lineage.merging",
+    "apply": "lineage.merging",
+}
+
+__all__ = ["apply", "inspect", "merge", "open_adapter", "open_checkpoint", "svd"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'lineage' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

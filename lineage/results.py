@@ -1,0 +1,275 @@
+"""Frozen records of all that is saved, their JSON, and its atomic writing.
+
+Schema number: MAJOR.MINOR.PATCH. MAJOR changes when a field is removed, renamed or changes meaning (old readers must
+refuse); MINOR when a field or kind is added (old readers still work); PATCH when only documentation changes.
+Numbers that a method cannot know are null, never a placeholder; NaN and infinities are never written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from lineage.errors import FileError, LineageError
+
+SCHEMA = "1.0.0"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a result comes from. `inputs`: role -> {path (file name only), sha256, bytes}."""
+
+    command: str
+    inputs: dict[str, dict[str, Any]]
+    device: str
+    seed: int | None = None
+    version: str = ""
+    torch: str = ""
+    date: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with a certified interval: low <= truth <= high."""
+
+    low: float
+    value: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """Spectrum of one parameter's delta, seen as a matrix (out, in * kh * kw). Null: this solver cannot know it.
+
+    energy[k]: share of ||D||_F^2 in the k largest singular values (raw delta, rounding noise included).
+    signal_energy[k]: the same of the cleaned signal above the rounding edge (Gavish & Donoho 2017).
+    signal_rank_at_least: singular values surely above the edge; equal to signal_rank where that is not null.
+    solver: "identical", "gram32", "gram64", "randomized", "full" or "factors".
+    """
+
+    name: str
+    component: str
+    block: str
+    role: str
+    shape: tuple[int, ...]
+    frobenius: float
+    relative: float | None
+    entries: int
+    identical_entries: int | None
+    noise_energy: float | None
+    noise_edge: float | None
+    signal_rank: int | None
+    signal_rank_at_least: int | None
+    below_storage_precision: bool
+    numerical_rank: int | None
+    stable_rank: float | None
+    effective_rank: float | None
+    participation_ratio: float | None
+    k_90: int | None
+    k_99: int | None
+    k_90_at_least: int | None
+    k_99_at_least: int | None
+    signal_k_90: int | None
+    signal_k_99: int | None
+    energy: dict[str, Interval]
+    signal_energy: dict[str, float] | None
+    gaussian_energy: dict[str, float]
+    singular_values: tuple[float, ...]
+    solver: str
+
+
+@dataclass(frozen=True)
+class VectorDelta:
+    """Delta of a parameter with fewer than two dimensions (norm scale, bias): it has no spectrum."""
+
+    name: str
+    component: str
+    block: str
+    role: str
+    shape: tuple[int, ...]
+    frobenius: float
+    relative: float | None
+    identical_entries: int | None
+
+
+@dataclass(frozen=True)
+class Within:
+    """Of `layers` layers, the share (and the share of their delta energy) whose 90 % / 99 % lies within k ranks."""
+
+    layers: int
+    layers_90: float | None
+    layers_99: float | None
+    energy_90: float | None
+    energy_99: float | None
+    mean_energy: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """One component or block: counts, ||D||_F, ||D||_F / ||W||_F, energy-weighted share of energy at k, median ranks."""
+
+    layers: int
+    frobenius: float
+    relative: float | None
+    energy: float | None
+    signal_energy: float | None
+    median_signal_rank: float | None
+    identical_layers: int
+
+
+@dataclass(frozen=True)
+class SvdSummary:
+    """The article's claim, answered: does the delta live in fewer than k = 64 ranks? Only matrices of short side > k
+    count; the rest and the vectors are counted apart. `gaussian` is the null: a Gaussian matrix of the same shapes."""
+
+    k: int
+    answer: str
+    signal: Within
+    raw: Within
+    gaussian: Within
+    median_signal_rank: float | None
+    signal_rank_unknown: int
+    matrices: int
+    small_matrices: int
+    vectors: int
+    identical_matrices: int
+    identical_vectors: int
+    frobenius: float
+    relative: float | None
+    components: dict[str, Group]
+    blocks: dict[str, Group]
+
+
+@dataclass(frozen=True)
+class SvdResult:
+    """What `lineage svd` found. `unmatched`: [{name, side: "base" | "tuned", reason}]; `notes`: plain sentences."""
+
+    provenance: Provenance
+    base: str
+    tuned: str
+    rank: int
+    tolerance: float
+    summary: SvdSummary
+    layers: tuple[LayerSpectrum, ...]
+    vectors: tuple[VectorDelta, ...]
+    unmatched: tuple[dict[str, str], ...]
+    notes: tuple[str, ...] = ()
+    kind: str = "svd"
+
+
+class Result(Protocol):
+    """Anything with a `kind` and a provenance: one per verb."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
+
+
+def provenance(command: str, inputs: dict[str, dict[str, Any]], device: str = "cpu", **more: Any) -> Provenance:
+    """Provenance with today's date and the versions of this package and of torch filled in."""
+    return Provenance(
+        command,
+        inputs,
+        device,
+        version=_version("model-lineage"),
+        torch=_version("torch"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        **more,
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def to_json(result: Any) -> dict[str, Any]:
+    """The plain JSON form of a result: {"schema": ..., "kind": ..., fields}. Non-finite numbers become null."""
+    return {"schema": SCHEMA, **_plain(result)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def dumps(result: Any) -> str:
+    """JSON text of a result, one trailing newline, valid for strict parsers."""
+    return json.dumps(to_json(result), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def load_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a result.json of this schema's MAJOR number; FileError otherwise."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise FileError(path, f"cannot be read as a result ({e}).", "Give the result.json that a verb wrote.") from e
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if not isinstance(schema, str) or "kind" not in found:
+        raise FileError(path, "is JSON, but not a result of lineage.", "Give the result.json that a verb wrote.")
+    if schema.split(".")[0] != SCHEMA.split(".")[0]:
+        raise FileError(path, f"has schema {schema}, this version reads {SCHEMA}.", "Use a matching version.")
+    return found
+
+
+def check_target(folder: str | os.PathLike, names: list[str], force: bool) -> None:
+    """Refuse a target early: before any work, if `names` exist in it and `force` is off, or it is a file."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileError(folder, "is a file, a folder is needed.", "Name another folder with -o.")
+    there = [n for n in names if (folder / n).exists()]
+    if there and not force:
+        raise FileError(folder, f"already holds {', '.join(there)}.", "Name another folder with -o, or add --force.")
+
+
+def write_files(folder: str | os.PathLike, files: dict[str, str | bytes], force: bool = False) -> None:
+    """Write all `files` (name -> content) into `folder`, or none: a new folder appears by one rename; in an existing
+    one each file is complete under a temporary name before the first is put in place."""
+    folder = Path(folder)
+    check_target(folder, list(files), force)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as e:
+        raise FileError(folder, f"cannot be written ({e.strerror}).", "Name a writable folder with -o.") from e
+    try:
+        for name, content in files.items():
+            _write_synced(staging / name, content)
+        if folder.exists():
+            for name in files:
+                os.replace(staging / name, folder / name)
+        else:
+            staging.chmod(0o755)
+            os.rename(staging, folder)
+    except OSError as e:
+        raise LineageError(f"{folder}: cannot be written ({e.strerror}). Is a file in it open, or the disk full?") from e
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_synced(path: Path, content: str | bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+        f.flush()
+        os.fsync(f.fileno())

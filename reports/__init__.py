@@ -1,0 +1,1 @@
+"""Result JSON to figures to one HTML page. Reads no model file."""

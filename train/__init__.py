@@ -1,0 +1,1 @@
+"""LoHa training and the miniature world."""
