@@ -116,7 +116,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Group:
-    """One component or block: counts, ||D||_F, ||D||_F / ||W||_F, energy-weighted share of energy at k, median ranks."""
+    """One component or block: counts, ||D||_F, ||D||_F / ||W||_F, weighted share of energy at k, median ranks."""
 
     layers: int
     frobenius: float
@@ -263,7 +263,7 @@ def write_files(folder: str | os.PathLike, files: dict[str, str | bytes], force:
             staging.chmod(0o755)
             os.rename(staging, folder)
     except OSError as e:
-        raise LineageError(f"{folder}: cannot be written ({e.strerror}). Is a file in it open, or the disk full?") from e
+        raise LineageError(f"{folder}: cannot be written ({e.strerror}). Is a file open, or the disk full?") from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
