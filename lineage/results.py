@@ -167,6 +167,90 @@ class SvdResult:
     kind: str = "svd"
 
 
+@dataclass(frozen=True)
+class MergeInput:
+    """One original model of a recipe. `name`: as the recipe writes it; `file`: file name; `keys`: tensors in it."""
+
+    name: str
+    file: str
+    sha256: str | None
+    bytes: int
+    keys: int
+    architecture: str
+    prediction_type: str | None
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """One merge of a recipe. `inputs`: names of original models, or of earlier steps (then `from_steps` holds their
+    index, else null). `policy`: how many keys were "merged", "kept" (from the first operand), "unhalved" (of the kept
+    ones: left in single precision although fp16 was asked), "dropped", "widened" (only the shared channels merged),
+    "taken" (component taken whole), "adapted". `blocks`: pattern -> weight; `take`: component -> model;
+    `adapters`: file -> weight. `changed_keys`: up to 200 [{name, policy, reason}] that were not plainly merged."""
+
+    name: str
+    method: str
+    weight: float
+    inputs: tuple[str, ...]
+    from_steps: tuple[int | None, ...]
+    half: bool
+    policy: dict[str, int]
+    blocks: dict[str, float]
+    take: dict[str, str]
+    adapters: dict[str, float]
+    changed_keys: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockChange:
+    """How far an output moved from one original input: ||output - input||_F / ||input||_F, whole and by block, over
+    the keys both have; null where the input's norm is 0. Estimated from a sample of the entries of large tensors."""
+
+    input: str
+    whole: float | None
+    blocks: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class MergeOutput:
+    """One output. `step`: index into steps; `file`, `sha256`, `bytes`: null in a dry run. `coefficients`: original
+    input -> factor, summing to 1 (of the default weight; `block_coefficients` where blocks differ);
+    `absolute_sum`: sum of |coefficients|, above 2 a blow-up; `dtypes`: dtype -> number of keys; `changes`: one per
+    original input, empty in a dry run."""
+
+    name: str
+    step: int
+    file: str | None
+    sha256: str | None
+    bytes: int
+    container: str
+    keys: int
+    dtypes: dict[str, int]
+    coefficients: dict[str, float]
+    block_coefficients: dict[str, dict[str, float]]
+    absolute_sum: float
+    blow_up: bool
+    changes: tuple[BlockChange, ...] = ()
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What `lineage merge` or `lineage apply` did, or would do (`dry_run`). The steps are the merge tree: each names
+    its inputs, outputs name their step. `arithmetic`: "webui" (stored dtype, rounded per operation and per line) or
+    "float32" (rounded once); `warnings`: plain sentences; `recipe`: its text."""
+
+    provenance: Provenance
+    recipe: str
+    recipe_name: str
+    arithmetic: str
+    dry_run: bool
+    inputs: tuple[MergeInput, ...]
+    steps: tuple[MergeStep, ...]
+    outputs: tuple[MergeOutput, ...]
+    warnings: tuple[str, ...] = ()
+    kind: str = "merge"
+
+
 class Result(Protocol):
     """Anything with a `kind` and a provenance: one per verb."""
 
