@@ -36,10 +36,11 @@ class Seen:
         """The signal rank is the count above the edge, unknown where values crowd it or where the count may go on."""
         edge = max(noise_edge, s.floor())
         count = int((s.singular_values > edge).sum())
+        resolved = int((s.singular_values[:count] >= RESOLVED * edge).sum())
         ends = count < len(s.singular_values) or s.complete
-        clear = count > 0 and ends and float(s.singular_values[count - 1]) >= RESOLVED * edge
         values = clean(s.singular_values, noise_energy, s.shape, count)
-        return cls(noise_energy, noise_edge, count if clear else None, count, values)
+        rank = count if count == resolved > 0 and ends else None
+        return cls(noise_energy, noise_edge, rank, resolved, values)
 
     @property
     def below_storage_precision(self) -> bool:

@@ -1,0 +1,295 @@
+"""Base and tuned checkpoint, or an adapter file, to the spectrum of their difference, one parameter at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lineage.adapters import Factors, bind, is_adapter, open_adapter
+from lineage.checkpoint import Checkpoint, open_checkpoint, sha256
+from lineage.claim import summarise
+from lineage.errors import LineageError
+from lineage.keys import Param, match
+from lineage.layers import Facts, Seen, matrix_shape
+from lineage.results import LayerSpectrum, SvdResult, VectorDelta, provenance
+from lineage.rounding import Noise, edge
+from lineage.spectrum import SOLVERS, Spectrum, exact_float32, solve_factors, solve_full, squared_norms
+
+MODULE_COMPONENTS = {
+    "lora_unet_": "unet",
+    "lora_te2_": "text_encoder_2",
+    "lora_te": "text_encoder",
+    "unet.": "unet",
+    "text_encoder_2.": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+}
+STACK_ENTRIES = 2**27  # of one stack of equal shapes on an accelerator: 512 MiB in float32
+
+Progress = Callable[[int, int, str], None]
+Pair = tuple[Param, Param]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `svd` measures; see there."""
+
+    rank: int
+    components: tuple[str, ...] | None
+    solver: str
+    device: torch.device
+    tolerance: float
+    progress: Progress | None
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise LineageError(f"rank {self.rank}: give the largest k to report, 1 or more.")
+        if not 1e-5 <= self.tolerance < 1:
+            raise LineageError(f"tolerance {self.tolerance}: give the width of an energy interval, from 1e-5 to 1.")
+        if self.solver not in SOLVERS:
+            raise LineageError(f"solver {self.solver!r}: choose one of {', '.join(SOLVERS)}.")
+
+    @property
+    def ks(self) -> list[int]:
+        """1, 2, 4, ... and the rank itself."""
+        return sorted({2**i for i in range(self.rank.bit_length())} | {self.rank})
+
+    def wants(self, component: str) -> bool:
+        return self.components is None or component in self.components
+
+
+@dataclass
+class Found:
+    """What has been measured so far. base_energy: name -> ||W_base||_F^2."""
+
+    layers: list[LayerSpectrum] = field(default_factory=list)
+    vectors: list[VectorDelta] = field(default_factory=list)
+    unmatched: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    base_energy: dict[str, float] = field(default_factory=dict)
+
+    def leave_out(self, name: str, side: str, reason: str) -> None:
+        self.unmatched.append({"name": name, "side": side, "reason": reason})
+
+
+def svd(
+    base: str | Path | None,
+    tuned: str | Path,
+    *,
+    rank: int = 64,
+    components: Sequence[str] | None = None,
+    solver: str = "auto",
+    device: str = "auto",
+    tolerance: float = 1e-3,
+    progress: Progress | None = None,
+) -> SvdResult:
+    """In how many ranks does `tuned` differ from `base`, layer by layer?
+
+    rank: the largest k of the reported energies. components: only these (unet, text_encoder, ...). tolerance: width of
+    the certified energy intervals that `auto` must reach. With an adapter file as `tuned`, `base` may be None.
+    Raises LineageError for unreadable files, for models without a common parameter and for options out of range."""
+    chosen = tuple(components) if components else None
+    options = Options(rank, chosen, solver, pick_device(device), tolerance, progress)
+    start = time.monotonic()
+    paths = {"base": base, "tuned": tuned} if base is not None else {"tuned": tuned}
+    with ThreadPoolExecutor(1) as pool, exact_float32(), torch.inference_mode():
+        identities = {role: pool.submit(identify, Path(path)) for role, path in paths.items()}
+        found = _measure(base, tuned, options)
+        inputs = {role: identity.result() for role, identity in identities.items()}
+    return SvdResult(
+        provenance("svd", inputs, str(options.device), seconds=round(time.monotonic() - start, 3)),
+        Path(base).name if base is not None else "",
+        Path(tuned).name,
+        rank,
+        tolerance,
+        summarise(found.layers, found.vectors, found.base_energy, rank),
+        tuple(found.layers),
+        tuple(found.vectors),
+        tuple(found.unmatched),
+        tuple(found.notes),
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; "auto" is CUDA where there is one. LineageError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise LineageError(f"device {name!r} cannot be used ({str(e).splitlines()[0]}). Try --device cpu.") from e
+    return device
+
+
+def _measure(base: str | Path | None, tuned: str | Path, options: Options) -> Found:
+    with ExitStack() as stack:
+        model = stack.enter_context(open_checkpoint(base)) if base is not None else None
+        if is_adapter(tuned):
+            found = _measure_adapter(model, tuned, options)
+        elif model is None:
+            raise LineageError(f"{tuned}: is a whole model, so its base is needed: lineage svd BASE TUNED.")
+        else:
+            found = _measure_pair(model, stack.enter_context(open_checkpoint(tuned)), options)
+    if not found.layers and not found.vectors:
+        raise LineageError(
+            f"{tuned}: nothing to compare: {len(found.unmatched)} parameters, none of them in both and wanted. "
+            "`lineage inspect` shows what each file holds."
+        )
+    return found
+
+
+def _measure_pair(base: Checkpoint, tuned: Checkpoint, options: Options) -> Found:
+    pairs, unmatched = match(base.specs, tuned.specs)
+    found = Found(unmatched=list(unmatched))
+    wanted = []
+    for pair in pairs:
+        if not options.wants(pair[0].component):
+            continue
+        if not all(p.dtype.is_floating_point for p in pair):
+            found.leave_out(pair[0].name, "both", f"holds {pair[0].dtype}, not weights")
+        elif pair[0].shape and 0 not in pair[0].shape:
+            wanted.append(pair)
+    noise = Noise(options.device)
+    total = sum(p.numel for p, _ in wanted)
+    done = 0
+    for group, a, b in _read(base, tuned, wanted, options.device):
+        _measure_group(group, a, b, noise, options, found)
+        done += sum(p.numel for p, _ in group)
+        if options.progress:
+            options.progress(done, total, group[-1][0].name)
+    order = {p.name: i for i, (p, _) in enumerate(wanted)}
+    found.layers.sort(key=lambda layer: order[layer.name])
+    return found
+
+
+def _groups(pairs: list[Pair], device: torch.device) -> Iterator[list[Pair]]:
+    """One pair at a time on the CPU, in file order; stacks of equal shapes and dtypes on an accelerator."""
+    if device.type == "cpu":
+        yield from ([pair] for pair in pairs)
+        return
+    alike: dict[tuple, list[Pair]] = {}
+    for a, b in pairs:
+        alike.setdefault((matrix_shape(a), a.dtype, b.dtype), []).append((a, b))
+    for same in alike.values():
+        size = max(1, STACK_ENTRIES // same[0][0].numel)
+        yield from (same[i : i + size] for i in range(0, len(same), size))
+
+
+def _read(
+    base: Checkpoint, tuned: Checkpoint, pairs: list[Pair], device: torch.device
+) -> Iterator[tuple[list[Pair], Tensor, Tensor]]:
+    """(group, base stack, tuned stack) in stored dtypes on `device`; the next group is read while one is measured."""
+
+    def load(group: list[Pair]) -> tuple[Tensor, Tensor]:
+        shape = (len(group), *matrix_shape(group[0][0]))
+        stacks = (
+            torch.stack([base[a.name].flatten() for a, _ in group]).view(shape),
+            torch.stack([tuned[b.name].flatten() for _, b in group]).view(shape),
+        )
+        if device.type == "cuda":
+            return tuple(s.pin_memory().to(device, non_blocking=True) for s in stacks)  # type: ignore[return-value]
+        return stacks if device.type == "cpu" else tuple(s.to(device) for s in stacks)  # type: ignore[return-value]
+
+    with ThreadPoolExecutor(1) as pool:
+        previous = None
+        for group in _groups(pairs, device):
+            following = (group, pool.submit(load, group))
+            if previous:
+                yield previous[0], *previous[1].result()
+            previous = following
+        if previous:
+            yield previous[0], *previous[1].result()
+
+
+def _measure_group(
+    group: list[Pair], base: Tensor, tuned: Tensor, noise: Noise, options: Options, found: Found
+) -> None:
+    """Append what is found about each pair of stacks (b, m, n) to `found`."""
+    precise = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
+    reference = base.to(precise)
+    energies = squared_norms(reference)
+    delta = (tuned.to(precise) - reference).float()
+    del reference
+    squares = squared_norms(delta)
+    same = delta.shape[1] * delta.shape[2] - delta.count_nonzero((1, 2))
+    facts = [
+        Facts(a, float(e), float(d), int(s)) for (a, _), e, d, s in zip(group, energies, squares, same, strict=True)
+    ]
+    for fact, e in zip(facts, energies.tolist(), strict=True):
+        if not torch.isfinite(torch.tensor([e, fact.delta_energy])).all():
+            found.leave_out(
+                fact.param.name, "base" if e != e or e == float("inf") else "tuned", "holds NaN or infinity"
+            )
+    kept = [i for i, fact in enumerate(facts) if fact.finite]
+    found.base_energy.update({facts[i].param.name: facts[i].base_energy for i in kept})
+    if len(group[0][0].shape) < 2:
+        found.vectors += [facts[i].vector() for i in kept]
+        return
+    found.layers += [facts[i].identical_layer(options.ks) for i in kept if facts[i].delta_energy == 0]
+    changed = [i for i in kept if facts[i].delta_energy > 0]
+    if changed:
+        part = slice(None) if len(changed) == len(group) else changed
+        found.layers += _spectra([facts[i] for i in changed], base[part], tuned[part], delta[part], noise, options)
+
+
+def _spectra(
+    facts: list[Facts], base: Tensor, tuned: Tensor, delta: Tensor, noise: Noise, options: Options
+) -> list[LayerSpectrum]:
+    simulated, energies = noise.simulate(base, tuned)
+    edges = edge(simulated).tolist()
+    del simulated
+    spectra = SOLVERS[options.solver](delta, options.rank, edges, options.tolerance)
+    rows = zip(facts, spectra, energies.tolist(), edges, strict=True)
+    return [f.layer(s, Seen.through(s, energy, e), options.ks) for f, s, energy, e in rows]
+
+
+def _measure_adapter(model: Checkpoint | None, path: str | Path, options: Options) -> Found:
+    """Spectra of an adapter's deltas, from its factors; relative to the base's weights where a base is given."""
+    adapter = open_adapter(path)
+    found = Found()
+    if model is None:
+        targets = [(name, _module(name, factors), factors) for name, factors in adapter.modules.items()]
+    else:
+        bound, found.unmatched = bind(adapter, model.specs)
+        targets = [(name, model.specs[name], factors) for name, factors in bound.items()]
+    targets = [t for t in targets if options.wants(t[1].component)]
+    for done, (name, param, factors) in enumerate(targets, 1):
+        weight = None if model is None else model[name].float()
+        s = _factor_spectrum(factors, weight)
+        facts = Facts(param, 0.0 if weight is None else float(weight.square().sum(dtype=torch.float64)), s.total, None)
+        if weight is not None:
+            found.base_energy[name] = facts.base_energy
+        found.layers.append(facts.layer(s, Seen.through(s, 0.0, 0.0), options.ks))
+        if options.progress:
+            options.progress(done, len(targets), name)
+    return found
+
+
+def _factor_spectrum(factors: Factors, weight: Tensor | None) -> Spectrum:
+    """From the factors where they are smaller than the delta, else from the delta."""
+    pair = factors.left_right()
+    if pair is not None:
+        return solve_factors(*pair)
+    return solve_full(factors.delta(weight).flatten(1)[None])[0]
+
+
+def _module(name: str, factors: Factors) -> Param:
+    """A stand-in for the base's parameter where no base is given: the adapter's own module name."""
+    component = next((c for prefix, c in MODULE_COMPONENTS.items() if name.startswith(prefix)), "model")
+    return Param(name, name, tuple(factors.shape), torch.float32, component, "", "")
+
+
+def identify(path: Path) -> dict[str, Any]:
+    """What a result says of an input: file name, bytes, sha256 (of a folder: of its files' digests, by name)."""
+    if path.is_file():
+        return {"path": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    files = sorted(f for f in path.rglob("*") if f.is_file())
+    digest = hashlib.sha256("".join(sha256(f) for f in files).encode()).hexdigest()
+    return {"path": path.name, "bytes": sum(f.stat().st_size for f in files), "sha256": digest}
