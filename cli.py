@@ -1,1 +1,270 @@
-"""The command line: one command per verb. Parse, call one library function of the same name, save, print."""
+"""The command line: one command per verb. Parse, call one library function of the same name, save, print.
+
+A verb that gives a result is a function `verb(run, ...) -> result` under `@result_verb()`, which adds the shared
+options, refuses an existing target before the work, saves, and prints. Heavy modules are imported inside commands.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lineage.errors import LineageError, MissingExtra
+
+RESULT_FILES = ["result.json", "report.html"]
+OWN_PACKAGES = {"lineage", "train", "reports", "cli"}
+EXISTING = click.Path(exists=True, path_type=Path)
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The shared options of one call. verbosity: -1 with -q, else the number of -v."""
+
+    folder: Path | None = None
+    force: bool = False
+    as_json: bool = False
+    verbosity: int = 0
+    device: str = "auto"
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress | None]:
+        """A progress callback (done, total, label) drawn on stderr, or None with -q or where stderr is no terminal."""
+        if self.verbosity < 0 or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from reports.tables import printable
+
+        label = TextColumn("{task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, label: bar.update(task, completed=done, total=total, description=printable(label))
+
+    def show(self, result: Any) -> None:
+        """Print a result: its JSON with --json, nothing with -q, else a short table."""
+        from lineage import results
+
+        if self.as_json:
+            click.echo(json.dumps(results.to_json(result), indent=1, allow_nan=False))
+        elif self.verbosity >= 0:
+            from reports import tables
+
+            tables.show(results.to_json(result), self.verbosity)
+
+    def save(self, result: Any) -> None:
+        """Write result.json and report.html into the folder of -o, both or none."""
+        if self.folder is None:
+            return
+        from lineage import results
+        from reports import build
+
+        page = build.build(results.to_json(result))
+        results.write_files(self.folder, {"result.json": results.dumps(result), "report.html": page}, self.force)
+        self.say(f"Written: {self.folder / 'result.json'}, {self.folder / 'report.html'}")
+
+    def say(self, text: str) -> None:
+        """A line for people, on stderr; none with -q."""
+        if self.verbosity >= 0:
+            _complain(text)
+
+
+def _complain(text: str) -> None:
+    from reports.tables import printable
+
+    click.echo(printable(text), err=True)
+
+
+OUTPUT = click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write result.json and report.html here."
+)
+FORCE = click.option("--force", is_flag=True, help="Overwrite an existing result.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of a table.")
+VERBOSE = click.option("-v", "--verbose", count=True, help="Longer tables and the log.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and --json).")
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 ...")
+
+
+def _options(*options: Callable, check: Sequence[str] = ()) -> Callable:
+    """Decorator: adds `options` and hands them over as one Run; refuses a target that already holds one of `check`."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def wrapped(*, verbose=0, quiet=False, output=None, force=False, as_json=False, device="auto", **own):
+            run = Run(output, force, as_json, -1 if quiet else verbose, device)
+            logging.basicConfig(level=logging.INFO if run.verbosity > 0 else logging.ERROR, format="%(message)s")
+            if check and output is not None:
+                from lineage import results
+
+                results.check_target(output, list(check), force)
+            return command(run, **own)
+
+        return functools.reduce(lambda f, option: option(f), reversed(options), wrapped)
+
+    return decorate
+
+
+def result_verb() -> Callable:
+    """Decorator of a verb `f(run, **own options) -> result`: adds -o, --force, --json, -v, -q and --device, refuses an
+    existing target before any work, then saves and prints what `f` returns."""
+
+    def decorate(verb: Callable[..., Any]) -> Callable:
+        @functools.wraps(verb)
+        def finished(run: Run, **own) -> None:
+            with extras(verb.__name__):
+                result = verb(run, **own)
+            try:
+                run.save(result)
+            finally:
+                run.show(result)
+
+        return _options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE, check=RESULT_FILES)(finished)
+
+    return decorate
+
+
+@contextmanager
+def extras(verb: str, extra: str = "train") -> Iterator[None]:
+    """Turns the lack of an optional package into the pip line; a module of ours that is missing stays a bug."""
+    try:
+        yield
+    except ModuleNotFoundError as e:
+        root = (e.name or "").split(".")[0]
+        if not root or root in OWN_PACKAGES:
+            raise
+        raise MissingExtra(verb, extra, root) from e
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="model-lineage", prog_name="lineage")
+def cli() -> None:
+    """Where do Stable Diffusion models come from? Answers from the weights alone."""
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=EXISTING, metavar="[BASE] TUNED")
+@click.option("--component", "components", multiple=True, help="Only this one (unet, text_encoder, ...); repeatable.")
+@click.option("--rank", default=64, show_default=True, type=click.IntRange(1), help="The largest k to report.")
+@click.option("--solver", default="auto", show_default=True, type=click.Choice(["auto", "gram", "randomized", "full"]))
+@click.option("--tolerance", default=1e-3, show_default=True, help="Width of the certified energy intervals.")
+@result_verb()
+def svd(run: Run, models: tuple[Path, ...], components: tuple[str, ...], rank: int, solver: str, tolerance: float):
+    """In how many ranks does TUNED differ from BASE, layer by layer?
+
+    Both are checkpoints (.safetensors, .ckpt, a diffusers or transformers folder). TUNED may be an adapter file
+    (LoRA, LoCon, LoHa, LoKr); then BASE is optional.
+    """
+    import lineage
+
+    if len(models) > 2:
+        raise click.UsageError(f"{len(models)} models given: BASE TUNED, or one adapter file.")
+    base, tuned = models[0] if len(models) == 2 else None, models[-1]
+    options = {"rank": rank, "components": components or None, "solver": solver, "tolerance": tolerance}
+    with run.progress() as progress:
+        return lineage.svd(base, tuned, device=run.device, progress=progress, **options)
+
+
+@cli.command()
+@click.argument("file", type=EXISTING)
+@_options(JSON, VERBOSE, QUIET)
+def inspect(run: Run, file: Path) -> None:
+    """What is in a model file: layout, architecture, components, dtypes, hashes, metadata, lineage records."""
+    import lineage
+
+    run.show(lineage.inspect(file))
+
+
+@cli.command()
+@click.argument("result", type=EXISTING)
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="PAGE", help="Default: report.html beside it.")
+@_options(FORCE, VERBOSE, QUIET)
+def report(run: Run, result: Path) -> None:
+    """Build the page of any result.json again."""
+    from lineage import results
+    from reports import build
+
+    result = result / "result.json" if result.is_dir() else result
+    page = run.folder or result.with_name("report.html")
+    results.check_target(page.parent, [page.name], run.force)
+    results.write_files(page.parent, {page.name: build.build(results.load_json(result))}, run.force)
+    run.say(f"Written: {page}")
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", default=Path("demo"), show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--open/--no-open", "show", default=False, help="Open the page in a browser when done.")
+@_options(VERBOSE, QUIET)
+def demo(run: Run, seed: int, show: bool) -> None:
+    """Make a miniature model and a fine-tune of it, draw samples, and measure how far apart they are.
+
+    The folder is its own: the same call continues or says that it is done.
+    """
+    with extras("demo"), run.progress() as progress:
+        from train import world
+
+        page = world.demo(run.folder, seed=seed, progress=progress).page
+    run.say(f"The page: {page}")
+    if show:
+        click.launch(str(page))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell, to be evaluated in its start-up file."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "lineage", "_LINEAGE_COMPLETE").source())
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 0, 2 (the user's to mend), 130 (Ctrl-C) or, after a traceback, 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(_exit_code(args))
+
+
+def _exit_code(args: Sequence[str] | None) -> int:
+    try:
+        code = cli.main(args, prog_name="lineage", standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except click.ClickException as e:
+        e.show()
+        return 2
+    except LineageError as e:
+        _complain(f"Error: {e}")
+        return 2
+    except click.Abort as e:
+        if isinstance(e.__cause__, EOFError):
+            raise e.__cause__ from None
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""One result's JSON -> a short table for the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reports.wording import number, percent
+
+LAYERS_SHOWN = 10
+PIPE_WIDTH = 120
+
+
+def show(result: dict[str, Any], verbosity: int = 0) -> None:
+    """Print a result (as `lineage.results.to_json` gives it) on stdout; verbosity > 0: all rows, not the first ten."""
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    for part in TABLES.get(result.get("kind", ""), fields)(result, verbosity):
+        console.print(part)
+
+
+def printable(text: str) -> str:
+    """`text` with control, bidirectional and undecodable characters escaped: a name in a model file may be hostile."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain(value: Any) -> Text:
+    """A cell: no markup is read in it, nothing in it steers the terminal."""
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value)) if len(value) <= LAYERS_SHOWN else f"{len(value)} entries"
+    return Text(printable(str(value)), overflow="fold")
+
+
+def table(*columns: str, title: str = "") -> Table:
+    """An empty table; a column whose name starts with ">" is right-aligned."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for name in columns:
+        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return made
+
+
+def fields(result: dict[str, Any], verbosity: int = 0) -> Iterator[Table]:
+    """Any record: one row per field, nested ones with dots; fields that hold nothing are left out."""
+    made = Table.grid(padding=(0, 2))
+    for name, value in _flat(result):
+        made.add_row(plain(name), plain(value))
+    yield made
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{prefix}{name}.")
+        elif inner not in (None, "", []):
+            yield f"{prefix}{name}", inner
+
+
+def svd(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table]:
+    """The answer, one row per component, and the layers with most of the delta."""
+    summary = result["summary"]
+    yield plain(summary["answer"])
+    yield Text()
+    yield svd_groups(summary)
+    layers = sorted(result["layers"], key=lambda layer: -layer["frobenius"])
+    shown = layers if verbosity > 0 else layers[:LAYERS_SHOWN]
+    yield Text()
+    yield svd_layers(shown, result["rank"], f"{len(shown)} of {len(layers)} matrices, largest delta first")
+    for note in result["notes"]:
+        yield plain(note)
+    if result["unmatched"]:
+        yield plain(
+            f"{len(result['unmatched'])} parameters left out; result.json and the page name each with its reason."
+        )
+
+
+def svd_groups(summary: dict[str, Any]) -> Table:
+    k = summary["k"]
+    made = table("component", ">matrices", ">relative change", f">energy in {k}", f">signal in {k}", ">signal rank")
+    for name, group in summary["components"].items():
+        shares = (percent(group[key]) for key in ("relative", "energy", "signal_energy"))
+        made.add_row(plain(name), number(group["layers"]), *shares, number(group["median_signal_rank"]))
+    return made
+
+
+def svd_layers(layers: list[dict[str, Any]], k: int, title: str) -> Table:
+    made = table("layer", ">shape", ">relative", f">energy in {k}", ">k 90 %", ">signal rank", title=title)
+    for layer in layers:
+        energy = layer["energy"].get(str(k))
+        made.add_row(
+            plain(layer["name"]),
+            "x".join(map(str, layer["shape"])),
+            percent(layer["relative"]),
+            percent(energy and energy["value"]),
+            number(layer["k_90"]),
+            number(layer["signal_rank"]),
+        )
+    return made
+
+
+TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {"svd": svd}
