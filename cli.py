@@ -165,7 +165,7 @@ def cli() -> None:
 @click.option("--solver", default="auto", show_default=True, type=click.Choice(["auto", "gram", "randomized", "full"]))
 @click.option("--tolerance", default=1e-3, show_default=True, help="Width of the certified energy intervals.")
 @result_verb()
-def svd(run: Run, models: tuple[Path, ...], components: tuple[str, ...], rank: int, solver: str, tolerance: float):
+def svd(run: Run, models: Sequence[Path], components: tuple[str, ...], rank: int, solver: str, tolerance: float):
     """In how many ranks does TUNED differ from BASE, layer by layer?
 
     Both are checkpoints (.safetensors, .ckpt, a diffusers or transformers folder). TUNED may be an adapter file

@@ -11,15 +11,18 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
-from lineage.errors import FileError, LineageError
+from lineage.errors import FileError
 
 SCHEMA = "1.0.0"
 
@@ -318,42 +321,70 @@ def load_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_target(folder: str | os.PathLike, names: list[str], force: bool) -> None:
-    """Refuse a target early: before any work, if `names` exist in it and `force` is off, or it is a file."""
+    """Refuse a target before any work: `names` exist in it and `force` is off, or nothing can be written there."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise FileError(folder, "is a file, a folder is needed.", "Name another folder with -o.")
-    there = [n for n in names if (folder / n).exists()]
+    there = [n for n in names if os.path.lexists(folder / n)]
     if there and not force:
         raise FileError(folder, f"already holds {', '.join(there)}.", "Name another folder with -o, or add --force.")
+    held = next((p for p in (folder, *folder.absolute().parents) if os.path.exists(p)), folder)
+    if not os.path.isdir(held) or not os.access(held, os.W_OK | os.X_OK):
+        raise FileError(folder, f"{held} is not a writable folder.", "Name another folder with -o.")
 
 
-def write_files(folder: str | os.PathLike, files: dict[str, str | bytes], force: bool = False) -> None:
+def write_files(folder: str | os.PathLike, files: Mapping[str, str | bytes], force: bool = False) -> None:
     """Write all `files` (name -> content) into `folder`, or none: a new folder appears by one rename; in an existing
-    one each file is complete under a temporary name before the first is put in place."""
-    folder = Path(folder)
+    one every file is complete and synced before the first is put in place, and a failure puts the old ones back.
+    Killed between two renames, an existing folder can hold new files beside old ones, each of them whole."""
     check_target(folder, list(files), force)
+    target = Path(folder).resolve()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with _staging(target) as staging:
+            for name, content in files.items():
+                _write_synced(staging / name, content)
+            if target.exists():
+                _put_in_place(staging, target, list(files))
+            else:
+                staging.rename(target)
     except OSError as e:
-        raise FileError(folder, f"cannot be written ({e.strerror}).", "Name a writable folder with -o.") from e
+        raise FileError(folder, f"cannot be written ({e.strerror}).", "Is a file there open, or the disk full?") from e
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A new folder on the file system of `target`, gone afterwards, and with it what a killed run left of the same."""
+    parent = target if target.exists() else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".lineage-{zlib.crc32(target.name.encode(errors='surrogateescape')):08x}-"
+    for left in parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    staging = parent / (prefix + secrets.token_hex(4))
+    staging.mkdir()
     try:
-        for name, content in files.items():
-            _write_synced(staging / name, content)
-        if folder.exists():
-            for name in files:
-                os.replace(staging / name, folder / name)
-        else:
-            staging.chmod(0o755)
-            os.rename(staging, folder)
-    except OSError as e:
-        raise LineageError(f"{folder}: cannot be written ({e.strerror}). Is a file open, or the disk full?") from e
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _put_in_place(staging: Path, folder: Path, names: list[str]) -> None:
+    """Rename `names` from `staging` into `folder`; an OSError (a file held open on Windows) undoes those done."""
+    kept = staging / ".replaced"
+    kept.mkdir()
+    with ExitStack() as undo:
+        for name in names:
+            if os.path.lexists(folder / name):
+                shutil.copy2(folder / name, kept / name)
+                undo.callback(os.replace, kept / name, folder / name)
+            else:
+                undo.callback((folder / name).unlink, missing_ok=True)
+            os.replace(staging / name, folder / name)
+        undo.pop_all()
+
+
 def _write_synced(path: Path, content: str | bytes) -> None:
+    # A file name that is not UTF-8 comes with lone surrogates; \udcff is their spelling in JSON, and legible in HTML
     with open(path, "wb") as f:
-        f.write(content.encode() if isinstance(content, str) else content)
+        f.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
