@@ -1,0 +1,44 @@
+# `make demo` and `make test` set everything up first. Another interpreter: make PYTHON=python3.12 test
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test fast check bench clean
+
+help:
+	@echo "make demo    make a miniature model and a fine-tune of it, and compare them"
+	@echo "make test    run all tests (make fast: without the slow ones)"
+	@echo "make check   formatting, lint and types"
+	@echo "make bench   the benchmarks of docs/benchmarks.md; long"
+	@echo "make setup   only make .venv, with everything in it"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	# --no-deps: only the tokenizer's vocabulary in it is used, and it would bring torchvision and timm
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt open_clip_torch
+	touch $@
+
+demo: setup
+	$(BIN)/lineage demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+fast: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
