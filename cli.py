@@ -162,7 +162,13 @@ def cli() -> None:
 @click.argument("models", nargs=-1, required=True, type=EXISTING, metavar="[BASE] TUNED")
 @click.option("--component", "components", multiple=True, help="Only this one (unet, text_encoder, ...); repeatable.")
 @click.option("--rank", default=64, show_default=True, type=click.IntRange(1), help="The largest k to report.")
-@click.option("--solver", default="auto", show_default=True, type=click.Choice(["auto", "gram", "randomized", "full"]))
+@click.option(
+    "--solver",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "gram", "randomized", "full"]),
+    help="auto takes the cheapest that certifies the tolerance; full is LAPACK in float64.",
+)
 @click.option("--tolerance", default=1e-3, show_default=True, help="Width of the certified energy intervals.")
 @result_verb()
 def svd(run: Run, models: Sequence[Path], components: tuple[str, ...], rank: int, solver: str, tolerance: float):
@@ -209,7 +215,7 @@ def report(run: Run, result: Path) -> None:
 
 @cli.command()
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", default=Path("demo"), show_default=True)
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Another seed, another world.")
 @click.option("--open/--no-open", "show", default=False, help="Open the page in a browser when done.")
 @_options(VERBOSE, QUIET)
 def demo(run: Run, seed: int, show: bool) -> None:
