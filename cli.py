@@ -214,7 +214,15 @@ def report(run: Run, result: Path) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", default=Path("demo"), show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default=Path("demo"),
+    show_default=True,
+    help="Its own folder.",
+)
 @click.option("--seed", default=0, show_default=True, help="Another seed, another world.")
 @click.option("--open/--no-open", "show", default=False, help="Open the page in a browser when done.")
 @_options(VERBOSE, QUIET)
