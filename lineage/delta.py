@@ -6,12 +6,13 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor
 
 from lineage.adapters import Factors, bind, is_adapter, open_adapter
@@ -19,10 +20,10 @@ from lineage.checkpoint import Checkpoint, open_checkpoint, sha256
 from lineage.claim import summarise
 from lineage.errors import LineageError
 from lineage.keys import Param, match
-from lineage.layers import Facts, Seen, matrix_shape
+from lineage.layers import Facts, Seen, Sums, matrix_shape
 from lineage.results import LayerSpectrum, SvdResult, VectorDelta, provenance
 from lineage.rounding import Noise, edge
-from lineage.spectrum import SOLVERS, Spectrum, exact_float32, solve_factors, solve_full, squared_norms
+from lineage.spectrum import SOLVERS, Spectrum, exact_float32, row_blocks, solve_factors, solve_full, squared_norms
 
 MODULE_COMPONENTS = {
     "lora_unet_": "unet",
@@ -32,6 +33,7 @@ MODULE_COMPONENTS = {
     "text_encoder_2.": "text_encoder_2",
     "text_encoder.": "text_encoder",
 }
+MAX_WORKERS = 4
 STACK_ENTRIES = 2**27  # of one stack of equal shapes on an accelerator: 512 MiB in float32
 
 Progress = Callable[[int, int, str], None]
@@ -75,6 +77,13 @@ class Found:
     unmatched: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     base_energy: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Found) -> None:
+        """Take over what another part found."""
+        self.layers += other.layers
+        self.vectors += other.vectors
+        self.unmatched += other.unmatched
+        self.base_energy |= other.base_energy
 
     def leave_out(self, name: str, side: str, reason: str) -> None:
         self.unmatched.append({"name": name, "side": side, "reason": reason})
@@ -156,17 +165,42 @@ def _measure_pair(base: Checkpoint, tuned: Checkpoint, options: Options) -> Foun
             found.leave_out(pair[0].name, "both", f"holds {pair[0].dtype}, not weights")
         elif pair[0].shape and 0 not in pair[0].shape:
             wanted.append(pair)
-    noise = Noise(options.device)
     total = sum(p.numel for p, _ in wanted)
     done = 0
-    for group, a, b in _read(base, tuned, wanted, options.device):
-        _measure_group(group, a, b, noise, options, found)
+    for group, part in _in_parallel(base, tuned, wanted, options):
+        found.add(part)
         done += sum(p.numel for p, _ in group)
         if options.progress:
             options.progress(done, total, group[-1][0].name)
     order = {p.name: i for i, (p, _) in enumerate(wanted)}
     found.layers.sort(key=lambda layer: order[layer.name])
+    found.vectors.sort(key=lambda vector: order[vector.name])
     return found
+
+
+def _in_parallel(
+    base: Checkpoint, tuned: Checkpoint, pairs: list[Pair], options: Options
+) -> Iterator[tuple[list[Pair], Found]]:
+    """Groups are read and measured by a few threads, so that reading overlaps computing. On the CPU each thread has
+    its share of the cores: small eigenvalue problems do not scale over more. On CUDA each has its own stream."""
+    noise = Noise(options.device, max((p.numel for p, _ in pairs if len(p.shape) > 1), default=0))
+    cores = torch.get_num_threads()
+    workers = min(cores, MAX_WORKERS) if options.device.type == "cpu" else 2
+
+    def job(group: list[Pair]) -> tuple[list[Pair], Found]:
+        torch.set_num_threads(max(1, cores // workers))
+        with torch.inference_mode(), _own_stream(options.device):
+            return group, _measure_group(group, *_load(base, tuned, group, options.device), noise, options)
+
+    tasks = (delayed(job)(group) for group in _groups(pairs, options.device))
+    try:
+        yield from Parallel(workers, backend="threading", return_as="generator", pre_dispatch="n_jobs")(tasks)
+    finally:
+        torch.set_num_threads(cores)
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def _groups(pairs: list[Pair], device: torch.device) -> Iterator[list[Pair]]:
@@ -182,61 +216,52 @@ def _groups(pairs: list[Pair], device: torch.device) -> Iterator[list[Pair]]:
         yield from (same[i : i + size] for i in range(0, len(same), size))
 
 
-def _read(
-    base: Checkpoint, tuned: Checkpoint, pairs: list[Pair], device: torch.device
-) -> Iterator[tuple[list[Pair], Tensor, Tensor]]:
-    """(group, base stack, tuned stack) in stored dtypes on `device`; the next group is read while one is measured."""
-
-    def load(group: list[Pair]) -> tuple[Tensor, Tensor]:
-        shape = (len(group), *matrix_shape(group[0][0]))
-        stacks = (
-            torch.stack([base[a.name].flatten() for a, _ in group]).view(shape),
-            torch.stack([tuned[b.name].flatten() for _, b in group]).view(shape),
-        )
-        if device.type == "cuda":
-            return tuple(s.pin_memory().to(device, non_blocking=True) for s in stacks)  # type: ignore[return-value]
-        return stacks if device.type == "cpu" else tuple(s.to(device) for s in stacks)  # type: ignore[return-value]
-
-    with ThreadPoolExecutor(1) as pool:
-        previous = None
-        for group in _groups(pairs, device):
-            following = (group, pool.submit(load, group))
-            if previous:
-                yield previous[0], *previous[1].result()
-            previous = following
-        if previous:
-            yield previous[0], *previous[1].result()
+def _load(base: Checkpoint, tuned: Checkpoint, group: list[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Stacks (b, m, n) of the group in their stored dtypes, on `device`."""
+    shape = (len(group), *matrix_shape(group[0][0]))
+    stacks = (
+        torch.stack([base[a.name].flatten() for a, _ in group]).view(shape),
+        torch.stack([tuned[b.name].flatten() for _, b in group]).view(shape),
+    )
+    if device.type == "cuda":
+        stacks = tuple(s.pin_memory() for s in stacks)
+    return tuple(s.to(device, non_blocking=True) for s in stacks)  # type: ignore[return-value]
 
 
-def _measure_group(
-    group: list[Pair], base: Tensor, tuned: Tensor, noise: Noise, options: Options, found: Found
-) -> None:
-    """Append what is found about each pair of stacks (b, m, n) to `found`."""
+def _difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, list[Sums]]:
+    """tuned - base of stacks (b, m, n) in float32 (subtracted in float64 where either is), and their sums."""
     precise = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-    reference = base.to(precise)
-    energies = squared_norms(reference)
-    delta = (tuned.to(precise) - reference).float()
-    del reference
-    squares = squared_norms(delta)
-    same = delta.shape[1] * delta.shape[2] - delta.count_nonzero((1, 2))
-    facts = [
-        Facts(a, float(e), float(d), int(s)) for (a, _), e, d, s in zip(group, energies, squares, same, strict=True)
-    ]
-    for fact, e in zip(facts, energies.tolist(), strict=True):
-        if not torch.isfinite(torch.tensor([e, fact.delta_energy])).all():
-            found.leave_out(
-                fact.param.name, "base" if e != e or e == float("inf") else "tuned", "holds NaN or infinity"
-            )
-    kept = [i for i, fact in enumerate(facts) if fact.finite]
-    found.base_energy.update({facts[i].param.name: facts[i].base_energy for i in kept})
+    delta = torch.empty(base.shape, dtype=torch.float32, device=base.device)
+    sums = torch.zeros(3, len(base), dtype=torch.float64, device=base.device)
+    for rows in row_blocks(base):
+        reference = base[:, rows].to(precise)
+        block = tuned[:, rows].to(precise).sub_(reference)
+        delta[:, rows] = block
+        different = torch.stack([d.count_nonzero() for d in block])
+        sums += torch.stack([squared_norms(reference), squared_norms(block), different])
+    entries = delta[0].numel()
+    return delta, [Sums(b, d, entries - int(n)) for b, d, n in sums.T.tolist()]
+
+
+def _measure_group(group: list[Pair], base: Tensor, tuned: Tensor, noise: Noise, options: Options) -> Found:
+    """What is found about each pair of the stacks (b, m, n)."""
+    delta, sums = _difference(base, tuned)
+    facts = [Facts(param, s) for (param, _), s in zip(group, sums, strict=True)]
+    found = Found()
+    for fact in facts:
+        if not fact.sums.finite:
+            found.leave_out(fact.param.name, "both", "holds NaN or infinity in the base or in the tuned model")
+    kept = [i for i, fact in enumerate(facts) if fact.sums.finite]
+    found.base_energy.update({facts[i].param.name: facts[i].sums.base for i in kept})
     if len(group[0][0].shape) < 2:
         found.vectors += [facts[i].vector() for i in kept]
-        return
-    found.layers += [facts[i].identical_layer(options.ks) for i in kept if facts[i].delta_energy == 0]
-    changed = [i for i in kept if facts[i].delta_energy > 0]
+        return found
+    found.layers += [facts[i].identical_layer(options.ks) for i in kept if facts[i].sums.delta == 0]
+    changed = [i for i in kept if facts[i].sums.delta > 0]
     if changed:
         part = slice(None) if len(changed) == len(group) else changed
         found.layers += _spectra([facts[i] for i in changed], base[part], tuned[part], delta[part], noise, options)
+    return found
 
 
 def _spectra(
@@ -263,10 +288,12 @@ def _measure_adapter(model: Checkpoint | None, path: str | Path, options: Option
     for done, (name, param, factors) in enumerate(targets, 1):
         weight = None if model is None else model[name].float()
         s = _factor_spectrum(factors, weight)
-        facts = Facts(param, 0.0 if weight is None else float(weight.square().sum(dtype=torch.float64)), s.total, None)
+        energy = 0.0 if weight is None else float(weight.square().sum(dtype=torch.float64))
         if weight is not None:
-            found.base_energy[name] = facts.base_energy
-        found.layers.append(facts.layer(s, Seen.through(s, 0.0, 0.0), options.ks))
+            found.base_energy[name] = energy
+        facts = Facts(param, Sums(energy, s.total, None))
+        seen = Seen.through(s, 0.0, 0.0)
+        found.layers.append(facts.layer(s, seen, options.ks) if s.total else facts.identical_layer(options.ks))
         if options.progress:
             options.progress(done, len(targets), name)
     return found

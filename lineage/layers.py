@@ -61,17 +61,24 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """One parameter and its sums of squares: ||W_base||_F^2, ||D||_F^2, and how many entries are exactly equal."""
+class Sums:
+    """||W_base||_F^2, ||D||_F^2, and how many entries are exactly equal (None: not known)."""
 
-    param: Param
-    base_energy: float
-    delta_energy: float
+    base: float
+    delta: float
     identical: int | None
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.base_energy) and math.isfinite(self.delta_energy)
+        return math.isfinite(self.base) and math.isfinite(self.delta)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One parameter and its sums, to be made a record."""
+
+    param: Param
+    sums: Sums
 
     def _common(self) -> dict:
         p = self.param
@@ -81,9 +88,9 @@ class Facts:
             "block": p.block,
             "role": p.role,
             "shape": tuple(p.shape),
-            "frobenius": self.delta_energy**0.5,
-            "relative": (self.delta_energy / self.base_energy) ** 0.5 if self.base_energy > 0 else None,
-            "identical_entries": self.identical,
+            "frobenius": self.sums.delta**0.5,
+            "relative": (self.sums.delta / self.sums.base) ** 0.5 if self.sums.base > 0 else None,
+            "identical_entries": self.sums.identical,
         }
 
     def vector(self) -> VectorDelta:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lineage.spectrum import fast_dtype
+from lineage.spectrum import fast_dtype, row_blocks, squared_norms
 
 EDGE_MARGIN = 1.02  # above the largest singular value of one simulated noise matrix
-LANCZOS_STEPS = 40
+KRYLOV_BLOCK, KRYLOV_DEPTH = 16, 8
 
 _MASKS = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80)}
 
@@ -31,55 +31,49 @@ def binade(w: Tensor) -> Tensor:
 
 
 class Noise:
-    """Simulated rounding noise: one pool of uniform numbers (fixed seed), reused by every layer."""
+    """Simulated rounding noise: two pools of uniform numbers (fixed seed), reused by every layer; safe to share.
 
-    def __init__(self, device: torch.device, seed: int = 0):
-        self.device = device
-        self.dtype = fast_dtype(device.type)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pools = (torch.empty(0), torch.empty(0))
+    entries: of the largest matrix that will be asked for."""
 
-    def _uniform(self, which: int, shape: torch.Size) -> Tensor:
-        if self._pools[which].numel() < shape.numel():
-            pools = (torch.rand(shape.numel(), generator=self._generator) for _ in self._pools)
-            self._pools = tuple(p.sub_(0.5).to(self.device, self.dtype) for p in pools)  # type: ignore[assignment]
-        return self._pools[which][: shape.numel()].view(shape)
+    def __init__(self, device: torch.device, entries: int, seed: int = 0):
+        dtype = fast_dtype(device.type)
+        generator = torch.Generator().manual_seed(seed)
+        self._pools = tuple(torch.empty(entries, dtype=dtype) for _ in range(2))
+        for part in (part for pool in self._pools for part in pool.split(2**22)):
+            part.copy_(torch.rand(len(part), generator=generator).sub_(0.5))
+        self._pools = tuple(pool.to(device) for pool in self._pools)
 
     def simulate(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
-        """(noise / unit, energy / unit^2) of tuned - base, stacks (b, m, n): entries ulp(base) U1 + ulp(tuned) U2, and
-        sum (ulp(base)^2 + ulp(tuned)^2) / 12 per matrix in float64. `unit` keeps float16 binades in range."""
-        noise, energy = None, torch.zeros(len(base), dtype=torch.float64, device=base.device)
-        for which, w in enumerate((base, tuned)):
-            step = binade(w).to(self.dtype).mul_(torch.finfo(w.dtype).eps)
-            energy += torch.linalg.vector_norm(step, dim=-1, dtype=torch.float32).double().square().sum(-1) / 12
-            uniform = self._uniform(which, w.shape[-2:])
-            noise = step.mul_(uniform) if noise is None else noise.addcmul_(step, uniform)
-        assert noise is not None
+        """Noise of tuned - base, stacks (b, m, n): entries ulp(base) U1 + ulp(tuned) U2 with U uniform on [-1/2, 1/2];
+        and its expected energy sum (ulp(base)^2 + ulp(tuned)^2) / 12 per matrix, (b,) float64."""
+        noise = torch.empty(base.shape, dtype=self._pools[0].dtype, device=base.device)
+        energy = torch.zeros(len(base), dtype=torch.float64, device=base.device)
+        uniform = [pool[: base[0].numel()].view(base.shape[1:]) for pool in self._pools]
+        for rows in row_blocks(base):
+            steps = [binade(w[:, rows]).float().to(noise.dtype).mul_(torch.finfo(w.dtype).eps) for w in (base, tuned)]
+            for step in steps:
+                energy += squared_norms(step.float()) / 12
+            torch.mul(steps[0], uniform[0][rows], out=noise[:, rows])
+            noise[:, rows].addcmul_(steps[1], uniform[1][rows])
         return noise, energy
 
 
 def edge(noise: Tensor) -> Tensor:
     """1.02 x the largest singular value of each simulated noise matrix (b, m, n): (b,) float64.
 
-    Lanczos on the Gram matrix of the short side, whose product may be bfloat16: 1 % is all that is asked of it."""
+    Block Krylov (Musco & Musco 2015), products in the noise's dtype: at most 0.3 % low on the flat spectra of noise."""
+    if min(noise.shape[-2:]) <= KRYLOV_BLOCK * KRYLOV_DEPTH:
+        return EDGE_MARGIN * torch.linalg.svdvals(noise.float())[..., 0].double()
     wide = noise if noise.shape[-2] <= noise.shape[-1] else noise.mT
-    scale = wide.abs().amax((-1, -2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    wide = wide / scale
-    g = (wide @ wide.mT).float()
-    return EDGE_MARGIN * _largest_eigenvalue(g).sqrt() * scale.flatten().double()
-
-
-def _largest_eigenvalue(g: Tensor) -> Tensor:
-    """Largest eigenvalue of each symmetric matrix (b, m, m), by Lanczos with full reorthogonalisation."""
-    steps = min(LANCZOS_STEPS, g.shape[-1])
-    start = torch.randn(g.shape[-1], 1, generator=torch.Generator().manual_seed(3)).to(g)
-    basis = (start / start.norm()).expand(len(g), -1, 1)
-    for _ in range(steps - 1):
-        v = g @ basis[..., -1:]
-        for _ in range(2):
-            v = v - basis @ (basis.mT @ v)
-        basis = torch.cat([basis, v / v.norm(dim=-2, keepdim=True).clamp_min(1e-30)], -1)
-    return torch.linalg.eigvalsh((basis.mT @ (g @ basis)).double())[..., -1]
+    block = torch.randn(wide.shape[-2], KRYLOV_BLOCK, generator=torch.Generator().manual_seed(3)).to(wide.device)
+    basis = torch.linalg.qr(block).Q.expand(len(wide), -1, -1)
+    for _ in range(KRYLOV_DEPTH - 1):
+        block = (wide @ (wide.mT @ basis[..., -KRYLOV_BLOCK:].to(wide.dtype))).float()
+        for _ in range(2):  # once is not enough in float32
+            block = block - basis @ (basis.mT @ block)
+        basis = torch.cat([basis, torch.linalg.qr(block).Q], -1)
+    image = (wide.mT @ basis.to(wide.dtype)).float()
+    return EDGE_MARGIN * torch.linalg.eigvalsh((image.mT @ image).double())[..., -1].clamp_min(0).sqrt()
 
 
 def clean(singular_values: Tensor, noise_energy: float, shape: tuple[int, int], rank: int) -> Tensor:

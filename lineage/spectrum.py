@@ -23,6 +23,7 @@ ROUNDING = (
 )
 OVERSAMPLE = 16
 PROBES = 8
+CACHE_ENTRIES = 2**18
 POWER_STEPS = 3
 RESOLVED = 1.5  # a singular value below this multiple of the rounding edge cannot be told from one that is missing
 
@@ -115,6 +116,12 @@ def exact_float32() -> Iterator[None]:
 def squared_norms(a: Tensor) -> Tensor:
     """||A||_F^2 of each matrix of a stack (b, m, n): (b,) float64; float32 within a row, float64 across rows."""
     return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1)
+
+
+def row_blocks(a: Tensor) -> list[slice]:
+    """Blocks of rows of a stack (b, m, n): on the CPU small enough for the cache, elsewhere all rows."""
+    rows = max(1, CACHE_ENTRIES // a.shape[-1]) if a.device.type == "cpu" else a.shape[-2]
+    return [slice(i, i + rows) for i in range(0, a.shape[-2], rows)]
 
 
 def _wide(a: Tensor) -> Tensor:
@@ -237,7 +244,7 @@ def _iterate(
     wide: Tensor, fast: Tensor, q: Tensor, totals: Tensor, edges: list[float], tolerance: float
 ) -> list[Spectrum]:
     for _ in range(POWER_STEPS):
-        q = _orthonormal(fast @ _orthonormal(fast.mT @ q.to(fast.dtype)).to(fast.dtype))
+        q = _orthonormal(fast @ (fast.mT @ q.to(fast.dtype)))
         found = _leading(wide, q, totals)
         if not _unresolved(found, edges, tolerance):
             break

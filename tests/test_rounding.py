@@ -32,7 +32,7 @@ def test_noise_energy_is_what_rounding_adds_and_never_less(dtype, excess):
     g = torch.Generator().manual_seed(1)
     exact = 0.05 * torch.randn(400, 500, generator=g) * torch.logspace(-0.5, 0.5, 500)
     stored = exact.to(dtype)
-    _, energy = Noise(torch.device("cpu")).simulate(stored[None], torch.ones(1, 400, 500))
+    _, energy = Noise(torch.device("cpu"), 10**6).simulate(stored[None], torch.ones(1, 400, 500))
     added = (stored.double() - exact.double()).square().sum()
     assert 0.98 < float(energy) / float(added) < 1 + excess
 
@@ -43,20 +43,20 @@ def test_edge_is_the_largest_singular_value_of_the_noise(shape, scales):
     g = torch.Generator().manual_seed(2)
     rows = torch.exp(scales * torch.randn(shape[0], 1, generator=g))
     w = (0.02 * rows * torch.randn(*shape, generator=g)).half()[None]
-    noise, _ = Noise(torch.device("cpu")).simulate(w, w)
+    noise, _ = Noise(torch.device("cpu"), 10**6).simulate(w, w)
     truth = EDGE_MARGIN * torch.linalg.svdvals(noise[0].double())[0]
     assert float(edge(noise)) == pytest.approx(float(truth), rel=0.01)
 
 
 def test_the_edge_scales_with_the_weights():
     w = (0.02 * torch.randn(1, 100, 200)).bfloat16()
-    noise = Noise(torch.device("cpu"))
+    noise = Noise(torch.device("cpu"), 10**6)
     assert float(edge(noise.simulate(8 * w, 8 * w)[0])) == pytest.approx(8 * float(edge(noise.simulate(w, w)[0])))
 
 
 def test_the_same_noise_comes_again():
     w = (0.02 * torch.randn(1, 100, 200)).half()
-    first, second = (Noise(torch.device("cpu")).simulate(w, w)[0] for _ in range(2))
+    first, second = (Noise(torch.device("cpu"), 10**6).simulate(w, w)[0] for _ in range(2))
     assert torch.equal(first, second)
 
 
