@@ -48,13 +48,8 @@ def first_channels(function: Function) -> Function:
 
 
 def halved(function: Function) -> Function:
-    """`function`, its single-precision results rounded to half; other dtypes as they are."""
-
-    def half(*tensors: Tensor) -> Tensor:
-        result = function(*tensors)
-        return result.half() if result.dtype == torch.float32 else result
-
-    return half
+    """`function`, rounded to half."""
+    return lambda *tensors: function(*tensors).half()
 
 
 def unrounded(function: Function) -> Function:

@@ -29,16 +29,16 @@ _FORM = "A merge line reads: OUT = A + B, M   or   OUT = A + B + C, M   and then
 
 
 class RecipeError(LineageError):
-    """A recipe that cannot be followed; the message shows the line and points at the place."""
+    """A recipe that cannot be followed; the message shows the line and points at the place, where it has one."""
 
     def __init__(self, source: str, place: Place, problem: str, advice: str = ""):
-        shown = place.source.expandtabs(1)
-        pointer = " " * (place.column - 1) + "^" * max(1, len(place.text))
-        super().__init__(
-            f"{source}:{place.line}:{place.column}: {problem}\n    {shown}\n    {pointer}"
-            + (f"\n{advice}" if advice else "")
-        )
         self.line, self.column = place.line, place.column
+        where, shown = source, ""
+        if place.line:
+            where = f"{source}:{place.line}:{place.column}"
+            pointer = " " * (place.column - 1) + "^" * max(1, len(place.text))
+            shown = f"\n    {place.source.expandtabs(1)}\n    {pointer}"
+        super().__init__(f"{where}: {problem}{shown}" + (f"\n{advice}" if advice else ""))
 
 
 @dataclass(frozen=True)
