@@ -192,9 +192,10 @@ def _in_parallel(
         with torch.inference_mode(), _own_stream(options.device):
             return group, _measure_group(group, *_load(base, tuned, group, options.device), noise, options)
 
-    tasks = (delayed(job)(group) for group in _groups(pairs, options.device))
+    tasks: Iterator[Any] = (delayed(job)(group) for group in _groups(pairs, options.device))
     try:
-        yield from Parallel(workers, backend="threading", return_as="generator", pre_dispatch="n_jobs")(tasks)
+        parallel: Any = Parallel(workers, backend="threading", return_as="generator", pre_dispatch="n_jobs")
+        yield from parallel(tasks)
     finally:
         torch.set_num_threads(cores)
 

@@ -1,0 +1,325 @@
+"""Canonical parameter names: one spelling for SD1.x, SD2.x and SDXL, whatever the layout of the file.
+
+Canonical is "<component>.<diffusers module path>.<parameter>", with transformers' (< 5) names in text encoders:
+unet.down_blocks.0.resnets.0.conv1.weight, text_encoder.text_model.encoder.layers.0.mlp.fc1.weight. Parameters of any
+other architecture keep their names; their component is "model".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lineage.layouts import invert, modern_clip, modern_vae, open_clip_table, rename, unet_table, vae_table
+
+Shape = tuple[int, ...]
+EMA_PREFIX = "model_ema."
+
+_LDM_PREFIXES = {
+    "model.diffusion_model.": ("unet", "ldm"),
+    "first_stage_model.": ("vae", "ldm"),
+    "cond_stage_model.transformer.": ("text_encoder", "clip"),
+    "cond_stage_model.model.": ("text_encoder", "open_clip"),
+    "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
+    "conditioner.embedders.0.model.": ("text_encoder_2", "open_clip"),
+    "conditioner.embedders.1.model.": ("text_encoder_2", "open_clip"),
+}
+_FOLDER_PREFIXES = {
+    "unet.": ("unet", "diffusers"),
+    "vae.": ("vae", "diffusers"),
+    "text_encoder.": ("text_encoder", "clip"),
+    "text_encoder_2.": ("text_encoder_2", "clip"),
+}
+_BARE = (
+    ({"input_blocks", "middle_block"}, ("unet", "ldm")),
+    ({"down_blocks", "mid_block", "time_embedding"}, ("unet", "diffusers")),
+    ({"encoder", "decoder", "quant_conv"}, ("vae", "either")),
+    ({"text_model"}, ("text_encoder", "clip")),
+)
+_ROLES = (
+    (r"\.attn(\d)\.to_(q|k|v|out)", r"attn\1.\2"),
+    (r"\.self_attn\.(q|k|v|out)_proj", r"attn.\1"),
+    (r"\.attentions\.\d+\.to_(q|k|v|out)", r"attn.\1"),
+    (r"\.ff\.net\.0", "ff.in"),
+    (r"\.ff\.net\.2", "ff.out"),
+    (r"\.(proj_in|proj_out)\.", r"\1"),
+    (r"\.mlp\.(fc1|fc2)", r"mlp.\1"),
+    (r"\.(conv_shortcut)\.", "shortcut"),
+    (r"\.downsamplers\.", "down"),
+    (r"\.upsamplers\.", "up"),
+    (r"\.(time_emb_proj|time_embedding|add_embedding|class_embedding)\b", "time"),
+    (r"\.(token_embedding|position_embedding)\b", "embed"),
+    (r"\.(conv\w*|quant_conv|post_quant_conv)\.", "conv"),
+)
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter. shape and dtype are those after the view.
+
+    part: (i, n) where it is the i-th of n row blocks of the stored tensor (fused qkv). transposed: stored as its
+    transpose. stored_shape: as in the file; a 1x1 kernel that another layout keeps as a Linear is flattened."""
+
+    name: str
+    stored: str
+    shape: Shape
+    dtype: torch.dtype
+    component: str
+    block: str
+    role: str
+    part: tuple[int, int] = (0, 1)
+    transposed: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def view(self, stored: Tensor) -> Tensor:
+        """This parameter, from the stored tensor; a view."""
+        i, n = self.part
+        rows = len(stored) // n if stored.dim() else 0
+        tensor = stored[i * rows : (i + 1) * rows] if n > 1 else stored
+        return (tensor.mT if self.transposed else tensor).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The names under one prefix of a file, and how they are spelt: ldm, diffusers, either, clip or open_clip."""
+
+    component: str
+    spelling: str
+    prefix: str
+    names: tuple[str, ...]
+
+
+def layout_of(names: Iterable[str]) -> str:
+    """ "ldm" (single file), "diffusers" (folder, or a part of one), "hf" (text encoder alone) or "other"."""
+    found = {section.spelling for section in _sections(names)}
+    if found & {"ldm", "open_clip"} or any(n.startswith(("cond_stage_model.", "first_stage_model.")) for n in names):
+        return "ldm"
+    if found & {"diffusers", "either"}:
+        return "diffusers"
+    return "hf" if found else "other"
+
+
+def canonical(stored: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Param]:
+    """Canonical name -> Param of a file's tensors (stored name -> shape, dtype). EMA copies are left out."""
+    names = [name for name in stored if not name.startswith(EMA_PREFIX)]
+    sections = _sections(names)
+    params: dict[str, Param] = {}
+    taken: set[str] = set()
+    for section in sections:
+        taken.update(section.names)
+        for param in _section_params(section, stored):
+            params[param.name] = param
+    component = "other" if sections else "model"
+    for name in names:
+        if name not in taken:
+            shape, dtype = stored[name]
+            block = "" if sections else _numbered_prefix(name)
+            params[name] = Param(name, name, shape, dtype, component, block, _role(name, shape))
+    order = {name: i for i, name in enumerate(stored)}
+    return dict(sorted(params.items(), key=lambda item: (order[item[1].stored], item[1].part)))
+
+
+def architecture_of(specs: Mapping[str, Param]) -> str:
+    """sd1, sd2, sdxl, sdxl-refiner, vae, clip or unknown, from names and shapes."""
+    components = {p.component for p in specs.values()}
+    if "unet" in components:
+        context = next((p for n, p in specs.items() if n.endswith("attn2.to_k.weight")), None)
+        if any(n.startswith("unet.add_embedding.") for n in specs):
+            return "sdxl" if "text_encoder" in components or not context or context.shape[1] != 1280 else "sdxl-refiner"
+        projection = next((p for n, p in specs.items() if n.endswith("attentions.0.proj_in.weight")), None)
+        return "sd2" if projection is not None and len(projection.shape) == 2 else "sd1"
+    return "vae" if "vae" in components else "clip" if "text_encoder" in components else "unknown"
+
+
+def match(
+    base: Mapping[str, Param], tuned: Mapping[str, Param]
+) -> tuple[list[tuple[Param, Param]], list[dict[str, str]]]:
+    """(pairs of the same name and matrix shape, in the base's order; the rest as {name, side, reason}).
+
+    Shapes are compared as matrices, so a 1x1 convolution matches a Linear."""
+    pairs, unmatched = [], []
+    for name, a in base.items():
+        b = tuned.get(name)
+        if b is None:
+            unmatched.append({"name": name, "side": "base", "reason": "not in the tuned model"})
+        elif a.shape[:1] != b.shape[:1] or a.numel != b.numel:
+            reason = f"shape {tuple(b.shape)} in the tuned model, {tuple(a.shape)} in the base"
+            unmatched.append({"name": name, "side": "both", "reason": reason})
+        else:
+            pairs.append((a, b))
+    missing = (name for name in tuned if name not in base)
+    unmatched += [{"name": name, "side": "tuned", "reason": "not in the base"} for name in missing]
+    return pairs, unmatched
+
+
+def kohya_modules(specs: Mapping[str, Param]) -> dict[str, str]:
+    """Adapter module name -> canonical weight name, in kohya's spelling (for SDXL its block names too) and dotted."""
+    unet = invert(unet_table(n.removeprefix("unet.") for n in specs if n.startswith("unet.")))
+    prefixes = {"unet": ["lora_unet_"], "text_encoder": ["lora_te_", "lora_te1_"], "text_encoder_2": ["lora_te2_"]}
+    found: dict[str, str] = {}
+    for name, param in specs.items():
+        if not name.endswith(".weight") or param.component not in prefixes:
+            continue
+        path = name.removeprefix(f"{param.component}.").removesuffix(".weight")
+        paths = {path}
+        if param.component == "unet":
+            paths.add((rename(f"{path}.weight", unet) or name).removesuffix(".weight"))
+        for spelling in paths:
+            found |= {prefix + spelling.replace(".", "_"): name for prefix in prefixes[param.component]}
+            found[f"{param.component}.{spelling}"] = name
+    return found
+
+
+def to_ldm(states: Mapping[str, Mapping[str, Tensor]], architecture: str = "sd1") -> dict[str, Tensor]:
+    """The single-file (LDM) tensors of a diffusers pipeline: component -> its state dict; the inverse of `canonical`.
+
+    architecture: sd1 (CLIP under cond_stage_model.transformer), sd2 (OpenCLIP) or sdxl (both, as embedders)."""
+    out: dict[str, Tensor] = {}
+    for component, state in states.items():
+        if component == "unet":
+            table, prefix = invert(unet_table(state)), "model.diffusion_model."
+            out |= {prefix + _known(rename(name, table), name): t for name, t in state.items()}
+        elif component == "vae":
+            state = {modern_vae(name): t for name, t in state.items()}
+            table = invert(vae_table(state))
+            for name, t in state.items():
+                linear = t.dim() == 2 and ".attentions." in name
+                out["first_stage_model." + _known(rename(name, table), name)] = t[..., None, None] if linear else t
+        else:
+            out |= _text_to_ldm(component, {modern_clip(n): t for n, t in state.items()}, architecture)
+    return {name: t.contiguous() for name, t in out.items()}
+
+
+def _known(found: str | None, name: str) -> str:
+    if found is None:
+        raise KeyError(f"{name}: no single-file name")
+    return found
+
+
+def _text_to_ldm(component: str, state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    if component == "text_encoder" and architecture in ("sd1", "sdxl"):
+        prefix = "cond_stage_model.transformer." if architecture == "sd1" else "conditioner.embedders.0.transformer."
+        return {prefix + name: t for name, t in state.items()}
+    prefix = "cond_stage_model.model." if architecture == "sd2" else "conditioner.embedders.1.model."
+    table, out = invert(open_clip_table(state)), {}
+    for name, t in state.items():
+        if ".q_proj." in name:
+            fused = torch.cat([state[name.replace(".q_proj.", f".{x}_proj.")] for x in "qkv"])
+            stem, leaf = name.split(".q_proj.")
+            out[f"{prefix}{_known(rename(stem, table), name)}.in_proj_{leaf}"] = fused
+        elif not re.search(r"\.[kv]_proj\.|position_ids$", name):
+            transposed = name == "text_projection.weight"
+            out[prefix + _known(rename(name, table), name)] = t.mT if transposed else t
+    return out
+
+
+def _sections(names: Iterable[str]) -> list[Section]:
+    names = list(names)
+    for prefixes in (_LDM_PREFIXES, _FOLDER_PREFIXES):
+        found = [
+            Section(component, spelling, prefix, tuple(members))
+            for prefix, (component, spelling) in prefixes.items()
+            if (members := [n for n in names if n.startswith(prefix)])
+        ]
+        if found:
+            return found
+    heads = {name.split(".", 1)[0] for name in names}
+    for required, (component, spelling) in _BARE:
+        if required <= heads:
+            return [Section(component, spelling, "", tuple(names))]
+    return []
+
+
+def _section_params(section: Section, stored: Mapping[str, tuple[Shape, torch.dtype]]) -> list[Param]:
+    inner = [name.removeprefix(section.prefix) for name in section.names]
+    renamed = _renamer(section, inner)
+    blocks = _blocks(section.component, [renamed(name) for name in inner])
+    params = []
+    for name, short in zip(section.names, inner, strict=True):
+        shape, dtype = stored[name]
+        path = renamed(short)
+        plain = Param(f"{section.component}.{path}", name, shape, dtype, section.component, blocks(path), "")
+        params += [replace(p, role=_role(p.name, p.shape)) for p in _views(plain, section)]
+    return params
+
+
+def _renamer(section: Section, inner: list[str]) -> Callable[[str], str]:
+    """Name without prefix -> diffusers or transformers name; a name that no table knows stays as it is."""
+    if section.spelling == "clip":
+        return modern_clip
+    if section.spelling == "open_clip":
+        table = open_clip_table(inner)
+    else:
+        table = unet_table(inner) if section.component == "unet" else vae_table(inner)
+    if section.component == "vae":
+        return lambda name: modern_vae(rename(name, table) or name)
+    if section.spelling == "diffusers":
+        return lambda name: name
+    return lambda name: rename(name, table) or name
+
+
+def _views(param: Param, section: Section) -> list[Param]:
+    """Fused qkv split, OpenCLIP's projection transposed, the VAE's 1x1 attention kernels flattened."""
+    name, shape = param.name, param.shape
+    if ".self_attn.in_proj_" in name and section.spelling == "open_clip" and shape and shape[0] % 3 == 0:
+        stem, leaf = name.split("in_proj_")
+        rows = (shape[0] // 3, *shape[1:])
+        return [replace(param, name=f"{stem}{x}_proj.{leaf}", shape=rows, part=(i, 3)) for i, x in enumerate("qkv")]
+    if name.endswith(".text_projection.weight") and section.spelling == "open_clip" and len(shape) == 2:
+        return [replace(param, shape=shape[::-1], transposed=True)]
+    if section.component == "vae" and ".attentions." in name and shape[2:] == (1, 1):
+        return [replace(param, shape=shape[:2])]
+    return [param]
+
+
+def _blocks(component: str, paths: list[str]) -> Callable[[str], str]:
+    """The block of a canonical path: as merge boards count them for UNets, layers for text encoders."""
+    if component == "unet":
+        table = invert(unet_table(paths))
+        return lambda path: _unet_block(rename(path, table) or path)
+    if component == "vae":
+        return lambda path: "VAE." + re.sub(r"(\.\d+)\..*|\.(weight|bias)$|\.\w+\.(weight|bias)$", r"\1", path)
+    label = "TE2" if component == "text_encoder_2" else "TE"
+    return lambda path: f"{label}.{_text_block(path)}"
+
+
+def _unet_block(ldm: str) -> str:
+    parts = ldm.split(".", 2)
+    number = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+    names = {
+        "input_blocks": f"IN{number:02d}",
+        "output_blocks": f"OUT{number:02d}",
+        "middle_block": "M00",
+        "out": "OUT",
+    }
+    return names.get(parts[0], "TIME")
+
+
+def _text_block(path: str) -> str:
+    layer = re.search(r"\.layers\.(\d{1,4})\.", path)
+    return f"{int(layer[1]):02d}" if layer else "embed" if ".embeddings." in path else "final"
+
+
+def _numbered_prefix(name: str) -> str:
+    found = re.match(r".{0,200}?\.\d{1,5}(?=\.)", name)
+    return found[0] if found else name.rsplit(".", 1)[0][:200]
+
+
+def _role(name: str, shape: Shape) -> str:
+    if name.endswith(".bias"):
+        return "bias"
+    if len(shape) < 2:
+        return "norm" if name.endswith(".weight") else "other"
+    for pattern, role in _ROLES:
+        found = re.search(pattern, name)
+        if found:
+            return found.expand(role)
+    return "embed" if name.endswith("embeddings.weight") else "other"
