@@ -1,0 +1,26 @@
+"""One result's JSON -> one self-contained HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lineage.errors import LineageError
+from lineage.results import SvdResult
+from reports.page import Page, assemble
+from reports.records import restore
+from reports.svd_page import svd_page
+
+PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {"svd": (SvdResult, svd_page)}
+
+
+def build(result: dict[str, Any]) -> str:
+    """The page of a result, as `lineage.results.to_json` or `load_json` gives it; nothing in it loads from outside.
+
+    Raises LineageError for a kind that has no page, or a field that is missing or of another type.
+    """
+    kind = result.get("kind")
+    if kind not in PAGES:
+        raise LineageError(f"result: no page for kind {kind!r}. Known kinds: {', '.join(sorted(PAGES))}.")
+    record, page = PAGES[kind]
+    return assemble(page(restore(record, result)))
