@@ -87,6 +87,13 @@ def is_adapter(path: str | Path) -> bool:
         return any(_split(name)[1] in _PLAIN for name in names)
 
 
+def kind_of(names: Iterable[str]) -> str:
+    """lora, loha, lokr or diff, several joined by "+", from the names in an adapter file alone."""
+    heads = {"lora": "lora", "hada": "loha", "lokr": "lokr", "diff": "diff"}
+    slots = {_split(name)[1] or "" for name in names}
+    return "+".join(kind for head, kind in heads.items() if any(slot.startswith(head) for slot in slots))
+
+
 def open_adapter(path: str | Path) -> Adapter:
     """Read an adapter file, or a peft folder; alpha comes from the file, else from peft's adapter_config.json beside
     it or diffusers' metadata, else it equals the rank.

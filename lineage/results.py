@@ -171,6 +171,37 @@ class SvdResult:
 
 
 @dataclass(frozen=True)
+class ComponentFacts:
+    """One component of a file: parameters' tensors, entries, and dtype -> tensors."""
+
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What `lineage inspect` found. records: the metadata that tells of origins, read as JSON where it is JSON."""
+
+    provenance: Provenance
+    name: str
+    layout: str
+    architecture: str
+    prediction_type: str | None
+    zero_terminal_snr: bool
+    bytes: int
+    sha256: str | None
+    short_hash: str | None
+    components: dict[str, ComponentFacts]
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    metadata: dict[str, str]
+    records: dict[str, Any]
+    kind: str = "inspect"
+
+
+@dataclass(frozen=True)
 class MergeInput:
     """One original model of a recipe. `name`: as the recipe writes it; `file`: file name; `keys`: tensors in it."""
 
