@@ -1,10 +1,12 @@
-"""The lineage record of a merged .safetensors file: the web UI's `sd_merge_recipe`, `sd_merge_models`, and modelspec."""
+"""The lineage record of a merged .safetensors file: the web UI's sd_merge_recipe and sd_merge_models, and modelspec.
+
+It holds no date and no path, so the same merge gives the same bytes again.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ def metadata(plan: Plan, i: int, hashes: Sequence[str]) -> dict[str, str]:
         "arithmetic": recipe.arithmetic,
         "recipe": recipe.text,
         "inputs": {plan.names[j]: {"file": plan.inputs[j].path.name, "sha256": hashes[j]} for j in sources},
-        "adapters": {name: path.name for name, path in plan.adapters.items()},
+        "adapters": {Path(o.text).name: w for o, w in step.adapters},
         "coefficients": {name: float(c) for name, c in plan.coefficients(i).items()},
     }
     models: dict[str, Any] = {}
@@ -56,7 +58,6 @@ def metadata(plan: Plan, i: int, hashes: Sequence[str]) -> dict[str, str]:
         or _ARCHITECTURES.get(base.architecture, ""),
         "modelspec.prediction_type": base.prediction_type or "",
         "modelspec.merged_from": ", ".join(plan.names[j] for j in sources),
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
     }
     return {
         "format": "pt",

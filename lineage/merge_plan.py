@@ -55,7 +55,7 @@ def make_plan(recipe: Recipe, paths: Mapping[str, Path], stack: ExitStack) -> Pl
     unique = list(dict.fromkeys(paths[name].resolve() for name in originals))
     inputs = tuple(stack.enter_context(open_checkpoint(path)) for path in unique)
     index = {name: unique.index(paths[name].resolve()) for name in originals}
-    names = tuple(next(n for n in originals if index[n] == i) for i in range(len(unique)))
+    names = _short(tuple(next(n for n in originals if index[n] == i) for i in range(len(unique))))
     tables = tuple(leaves(i, (c.raw.specs[name] for name in c.raw.order)) for i, c in enumerate(inputs))
     labels: dict[str, Label] = {}
     for checkpoint in reversed(inputs):
@@ -71,6 +71,12 @@ def make_plan(recipe: Recipe, paths: Mapping[str, Path], stack: ExitStack) -> Pl
         Adaptation(recipe, bases, adapters, rules),
     )
     return Plan(recipe, inputs, index, names, adapters, tables, labels, tuple(steps))
+
+
+def _short(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Without their folders, which are nobody else's business, where that leaves them different."""
+    short = tuple(Path(name).name for name in names)
+    return short if len(set(short)) == len(short) else names
 
 
 def _first(recipe: Recipe, step: Step) -> Operand:

@@ -145,7 +145,7 @@ class CkptWriter:
 
     def __init__(self, file: BinaryIO, specs: Sequence[TensorSpec], metadata: Mapping[str, str]):
         self._file = file
-        self._zip = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._zip = _Zip(file, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._storage = {s.name: (f"archive/data/{i}", s.nbytes) for i, s in enumerate(specs)}
         self._entry, self._left = None, 0
         self.order = [s.name for s in specs]
@@ -176,6 +176,11 @@ class CkptWriter:
         gap = -(start + 4) % _ZIP_ALIGNMENT
         info.extra = b"FB" + gap.to_bytes(2, "little") + b"Z" * gap
         return self._zip.open(info, "w", force_zip64=large)
+
+
+class _Zip(zipfile.ZipFile):
+    def __del__(self) -> None:
+        """Nothing: an archive given up half way must not try to finish itself in a file that is closed."""
 
 
 class _Storage(NamedTuple):
