@@ -11,7 +11,7 @@ from collections.abc import Iterable
 Tree = dict[str, "Tree"]
 Table = dict[str, str]
 
-_DEPTH = 6  # no module path in a table has more parts, so a hostile name of a million dots costs nothing
+_DEPTH = 8  # no module path in a table has more parts, so a hostile name of a million dots costs nothing
 
 _RESNET = {
     "in_layers.0": "norm1",
