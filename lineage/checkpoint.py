@@ -34,7 +34,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 class Checkpoint(Mapping[str, Tensor]):
     """Canonical name -> tensor in its stored dtype. A context manager.
 
-    raw: everything in the file, under stored names. specs: canonical name -> Param, from headers, without EMA copies."""
+    raw: everything in the file, under stored names. specs: canonical name -> Param, from headers, no EMA copies."""
 
     def __init__(self, path: Path, raw: Raw):
         self.path = path
