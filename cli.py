@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ class Run:
             yield None
             return
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         from reports.tables import printable
 
         label = TextColumn("{task.description}", markup=False)
-        columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (label, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total, label: bar.update(task, completed=done, total=total, description=printable(label))
@@ -79,6 +79,13 @@ class Run:
         page = build.build(results.to_json(result))
         results.write_files(self.folder, {"result.json": results.dumps(result), "report.html": page}, self.force)
         self.say(f"Written: {self.folder / 'result.json'}, {self.folder / 'report.html'}")
+
+    def finish(self, result: Any) -> None:
+        """Save a result, and print it even where it cannot be saved."""
+        try:
+            self.save(result)
+        finally:
+            self.show(result)
 
     def say(self, text: str) -> None:
         """A line for people, on stderr; none with -q."""
@@ -130,10 +137,7 @@ def result_verb() -> Callable:
         def finished(run: Run, **own) -> None:
             with extras(verb.__name__):
                 result = verb(run, **own)
-            try:
-                run.save(result)
-            finally:
-                run.show(result)
+            run.finish(result)
 
         return _options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE, check=RESULT_FILES)(finished)
 
@@ -195,6 +199,77 @@ def inspect(run: Run, file: Path) -> None:
     import lineage
 
     run.show(lineage.inspect(file))
+
+
+@cli.command()
+@click.argument("recipe", type=EXISTING)
+@click.option("--models", type=EXISTING, metavar="DIR", help="The folder that holds the models the recipe names.")
+@click.option("--set", "bound", multiple=True, metavar="NAME=PATH", help="Bind the recipe's __NAME__; repeatable.")
+@click.option("--explain", is_flag=True, help="Only say what each output is made of; reads no tensor.")
+@click.option("--dry-run", is_flag=True, help="The same, and list the keys that would not be plainly merged.")
+@click.option(
+    "--arithmetic", type=click.Choice(["webui", "float32"]), help="Default: webui for text, float32 for TOML."
+)
+@click.option("--keep", multiple=True, metavar="NAME|all", help="Write this intermediate output too; repeatable.")
+@click.option("--container", type=click.Choice(["safetensors", "ckpt"]), help="Instead of what the recipe says.")
+@_options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, check=RESULT_FILES)
+def merge(run: Run, recipe: Path, models: Path | None, bound: Sequence[str], explain: bool, dry_run: bool, **options):
+    """Run a merge RECIPE: text of a web UI's merge board (to the bit), or TOML.
+
+    Writes the outputs that no later line uses into the folder of -o, beside result.json and report.html.
+    """
+    import lineage
+
+    folder = None if explain or dry_run else run.folder
+    pairs = dict(_binding(text) for text in bound)
+    with run.progress() as progress:
+        result = lineage.merge(
+            recipe,
+            folder,
+            models=models,
+            bound=pairs,
+            force=run.force,
+            dry_run=explain or dry_run,
+            progress=progress,
+            **options,
+        )
+    if explain:
+        result = replace(result, steps=tuple(replace(step, changed_keys=()) for step in result.steps))
+    run.finish(result)
+
+
+def _binding(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise click.UsageError(f"--set {text}: write NAME=PATH.")
+    return name, Path(path)
+
+
+@cli.command()
+@click.argument("model", type=EXISTING)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The new model.")
+@click.option("--half", is_flag=True, help="Write single-precision tensors as fp16.")
+@_options(FORCE, JSON, VERBOSE, QUIET)
+def apply(run: Run, model: Path, adapters: Sequence[str], half: bool) -> None:
+    """Bake adapters (LoRA, LoCon, LoHa, LoKr) into MODEL: W + weight * delta, rounded once.
+
+    FILE ends in .safetensors or .ckpt. WEIGHT is 1 where none is given.
+    """
+    import lineage
+
+    weights = dict(_weighted(text) for text in adapters)
+    assert run.folder is not None
+    with run.progress() as progress:
+        run.show(lineage.apply(model, weights, run.folder, half=half, force=run.force, progress=progress))
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon else (text, 1.0)
+    except ValueError:  # the colon belongs to the path: C:\file
+        return text, 1.0
 
 
 @cli.command()

@@ -91,14 +91,20 @@ def warnings_of(plan: Plan) -> list[str]:
     found = list(plan.recipe.warnings)
     for i, step in enumerate(plan.recipe.steps):
         found += _prediction_warnings(plan, i)
-        found += _marker_warnings(plan, step, i)
+        found += _marker_warnings(plan, step)
         found += _key_warnings(step, plan.steps[i])
-        total = float(sum(abs(c) for c in plan.coefficients(i).values()))
-        if total > BLOW_UP:
-            found.append(
-                f"{step.name}: the |coefficients| sum to {total:g}: differences are amplified, a blow-up is likely."
-            )
+    for i in plan.recipe.results:
+        found += _result_warnings(plan, i)
     return list(dict.fromkeys(found))
+
+
+def _result_warnings(plan: Plan, i: int) -> Iterator[str]:
+    name, unhalved = plan.recipe.steps[i].name, plan.steps[i].counts["unhalved"]
+    total = float(sum(abs(c) for c in plan.coefficients(i).values()))
+    if total > BLOW_UP:
+        yield f"{name}: the |coefficients| sum to {total:g}: differences are amplified, a blow-up is likely."
+    if unhalved:
+        yield f"{name}: fp16 is asked, but {unhalved} keys stay in single precision, because they are not merged."
 
 
 def _prediction_warnings(plan: Plan, i: int) -> Iterator[str]:
@@ -108,7 +114,7 @@ def _prediction_warnings(plan: Plan, i: int) -> Iterator[str]:
         yield f"{plan.recipe.steps[i].name}: {v[0]} predicts v, {epsilon[0]} predicts noise (epsilon)."
 
 
-def _marker_warnings(plan: Plan, step: Step, i: int) -> Iterator[str]:
+def _marker_warnings(plan: Plan, step: Step) -> Iterator[str]:
     first, *others = (_operand_table(plan, o) for o in step.operands)
     for operand, table in zip(step.operands[1:], others, strict=True):
         for marker in MARKERS:
@@ -129,8 +135,6 @@ def _key_warnings(step: Step, planned: StepPlan) -> Iterator[str]:
         yield f"{step.name}: {only_first} keys are only in {step.operands[0].text} and stay as they are."
     if planned.counts["dropped"]:
         yield f"{step.name}: {planned.counts['dropped']} keys are not in {step.operands[0].text} and are dropped."
-    if planned.counts["unhalved"]:
-        yield f"{step.name}: {planned.counts['unhalved']} single-precision keys are not merged, so not halved."
 
 
 def step_names(recipe: Recipe, operands: Sequence[Operand]) -> tuple[str, ...]:

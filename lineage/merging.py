@@ -15,6 +15,7 @@ from lineage.merge_metadata import file_hash, metadata, placeholders
 from lineage.merge_plan import Plan, make_plan, warnings_of
 from lineage.merge_report import input_records, output_record, specs, step_records
 from lineage.plan import Table
+from lineage.raw import SafetensorsRaw
 from lineage.recipe import Operand, Place, Recipe, Step, did_you_mean, parse
 from lineage.recipe_toml import parse_toml
 from lineage.resolution import resolve
@@ -154,9 +155,9 @@ def _originals(plan: Plan, i: int) -> dict[int, Table]:
 def _reader(checkpoint: Checkpoint, stack: ExitStack) -> Reader:
     """Ranges straight from the file where its bytes lie in the open; else from the tensors that the checkpoint maps."""
     raw = checkpoint.raw
-    if checkpoint.path.suffix != ".safetensors" or not checkpoint.path.is_file():
+    if not isinstance(raw, SafetensorsRaw):
         return TensorReader(raw)
-    reader = FileReader(checkpoint.path, {name: (s.offset, s.dtype) for name, s in raw.specs.items()})
+    reader = FileReader(raw.path, {name: (s.offset or 0, s.dtype) for name, s in raw.specs.items()})
     stack.callback(reader.close)
     return reader
 
@@ -171,12 +172,13 @@ def _check_targets(paths: Sequence[Path], originals: Sequence[Path], folder: Pat
             raise FileError(path, "exists already.", "Name another folder with -o, or add --force.")
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+def _state(path: Path) -> list[tuple[int, int, int]]:
+    """Size, time of change and identity of a file, or of every file in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(s.st_size, s.st_mtime_ns, s.st_ino) for s in (file.stat() for file in files)]
 
 
-def _check_unchanged(originals: Sequence[Path], before: Sequence[tuple[int, int, int]]) -> None:
+def _check_unchanged(originals: Sequence[Path], before: Sequence[list[tuple[int, int, int]]]) -> None:
     for path, state in zip(originals, before, strict=True):
         try:
             now = _state(path)

@@ -44,6 +44,7 @@ _SAFETENSORS = {
     torch.uint16: "U16",
     torch.uint32: "U32",
     torch.uint64: "U64",
+    torch.complex64: "C64",
 }
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -56,6 +57,7 @@ _STORAGES = {
     torch.int8: torch.CharStorage,
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
+    torch.complex64: torch.ComplexFloatStorage,
 }
 _ZIP_ALIGNMENT = 64
 

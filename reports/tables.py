@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reports.wording import number, percent
+from reports.wording import count, number, percent, size
 
 LAYERS_SHOWN = 10
+LONGEST = 200
+ENVELOPE = {"schema", "kind", "provenance"}
 PIPE_WIDTH = 120
 
 
@@ -44,10 +46,13 @@ def table(*columns: str, title: str = "") -> Table:
 
 
 def fields(result: dict[str, Any], verbosity: int = 0) -> Iterator[Table]:
-    """Any record: one row per field, nested ones with dots; fields that hold nothing are left out."""
+    """Any record: one row per field, nested ones with dots; what is empty is left out, what is long is cut without -v."""
     made = Table.grid(padding=(0, 2))
-    for name, value in _flat(result):
-        made.add_row(plain(name), plain(value))
+    for name, value in _flat({k: v for k, v in result.items() if k not in ENVELOPE}):
+        cell = plain(value)
+        if verbosity <= 0 and len(cell) > LONGEST:
+            cell = cell[:LONGEST] + f"... ({len(cell)} characters, -v shows all)"
+        made.add_row(plain(name), cell)
     yield made
 
 
@@ -101,4 +106,47 @@ def svd_layers(layers: list[dict[str, Any]], k: int, title: str) -> Table:
     return made
 
 
-TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {"svd": svd}
+def merge(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table]:
+    """Per output its combination of the original models; then warnings, and the keys that were not plainly merged."""
+    for output in result["outputs"]:
+        yield plain(_merge_headline(result, output))
+        yield _merge_coefficients(output)
+        yield Text()
+    for warning in result["warnings"]:
+        yield plain(f"Mind: {warning}")
+    needed = size(sum(output["bytes"] for output in result["outputs"]))
+    yield plain(f"Disk needed: {needed}." if result["dry_run"] else f"{needed} written.")
+    if result["dry_run"] or verbosity > 0:
+        yield from _merge_keys(result)
+
+
+def _merge_headline(result: dict[str, Any], output: dict[str, Any]) -> str:
+    dtypes = ", ".join(f"{n} {dtype}" for dtype, n in output["dtypes"].items())
+    policy = ", ".join(f"{n} {p}" for p, n in result["steps"][output["step"]]["policy"].items())
+    return (
+        f"{output['name']}: {output['container']}, {size(output['bytes'])}, {count(output['keys'], 'key')} ({dtypes}); "
+        f"{result['arithmetic']} arithmetic; last step: {policy}"
+    )
+
+
+def _merge_coefficients(output: dict[str, Any]) -> Table:
+    made = table("  original model", ">coefficient", ">relative change")
+    moved = {change["input"]: change["whole"] for change in output["changes"]}
+    for name, value in output["coefficients"].items():
+        made.add_row(plain(f"  {name}"), f"{value:.5f}", percent(moved[name]) if name in moved else "")
+    total = f"{output['absolute_sum']:.5g}" + (" (blow-up)" if output["blow_up"] else "")
+    made.add_row("  sum of |coefficients|", total, "")
+    return made
+
+
+def _merge_keys(result: dict[str, Any]) -> Iterator[Text | Table]:
+    for step in result["steps"]:
+        if step["changed_keys"]:
+            made = table("key", "policy", "reason", title=f"{step['name']}: keys that were not plainly merged")
+            for row in step["changed_keys"]:
+                made.add_row(*(plain(row[column]) for column in ("name", "policy", "reason")))
+            yield Text()
+            yield made
+
+
+TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {"svd": svd, "merge": merge}
