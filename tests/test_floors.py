@@ -87,9 +87,8 @@ def call_faults(call: ast.Call) -> Iterator[str]:
 def is_binary(call: ast.Call) -> bool:
     """open(..., "rb"), or an `open` that is no text file's: mmap, zip members, os.open, Image.open, our own openers."""
     owner = call.func.value if isinstance(call.func, ast.Attribute) else None
-    foreign = (
-        isinstance(owner, ast.Name) and owner.id not in {"path", "file"} and getattr(call.func, "attr", "") == "open"
-    )
+    pathlike = isinstance(owner, ast.Call) or (isinstance(owner, ast.Name) and owner.id in {"path", "file"})
+    foreign = owner is not None and not pathlike and getattr(call.func, "attr", "") == "open"
     modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
     return foreign or any("b" in mode for mode in modes)
 
@@ -147,6 +146,7 @@ def test_the_floor_rule_sees(floor, text):
         "path.read_text()",
         "open(path)",
         "path.open('w')",
+        "Path(name).open()",
     ],
 )
 def test_the_portability_rule_sees(text):
@@ -159,7 +159,7 @@ def test_the_portability_rule_sees(text):
         "open(path, 'rb')",
         "path.read_text('utf-8', encoding=e)",
         "folder / 'name'",
-        "zipped.open(name)",
+        "self.zip.open(name)",
         "os.replace(a, b)",
     ],
 )
