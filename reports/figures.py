@@ -40,14 +40,17 @@ def energy_ranks(layers: Iterable[LayerSpectrum]) -> list[int]:
 
 
 def energy_curves(result: SvdResult) -> Figure:
-    """Median and 10-90 % band over the layers of short side > k of the energy in k ranks: signal, raw, null."""
+    """Energy in k ranks over the layers of short side > k: median, and the middle 80 % but for raw.
+
+    A third band would hide the others.
+    """
     layers = [x for x in result.layers if short_side(x.shape) > result.summary.k and x.frobenius > 0]
     raw = [{k: e.value for k, e in x.energy.items()} for x in layers]
     signal = [x.signal_energy for x in layers if x.signal_energy]
     ks = energy_ranks(layers)
     traces = [
         *_band(ks, [x.gaussian_energy for x in layers], "Gaussian null", "null", "dash"),
-        *_band(ks, raw, "raw delta", "raw", "solid"),
+        *_band(ks, raw, "raw delta", "raw", "solid")[2:],
         *_band(ks, signal, "signal", "signal", "solid"),
     ]
     floor = noise_share(layers)
@@ -101,7 +104,7 @@ def _deciles(values: list[float]) -> tuple[float, float, float]:
 
 def _curve_layout(ks: list[int], k: int, floor: float | None) -> Figure:
     lines = [_line({"x0": k, "x1": k, "y0": 0, "y1": 1, "yref": "paper"}, "@ink", "dot")]
-    notes = [{"x": _log(k), "y": 0.03, "yref": "paper", "text": f"k = {k}", "xanchor": "right", "xshift": -5}]
+    notes = [{"x": _log(k), "y": 0.5, "yref": "paper", "text": f"k = {k}", "xanchor": "right", "xshift": -5}]
     if floor is not None and floor > 0.0005:
         lines.append(_line({"x0": 0, "x1": 1, "xref": "paper", "y0": 1 - floor, "y1": 1 - floor}, "@raw", "dot"))
         notes.append(

@@ -33,15 +33,15 @@
   const CELLS = {
     name: (x) => x.name,
     block: (x) => x.block,
-    role: (x) => x.role,
-    shape: (x) => x.shape.join(" × "),
     relative: (x) => (x.relative === null ? "unknown" : percent(x.relative)),
     signal_rank: rankWords,
-    signal_k_90: (x) => (x.identical ? "0" : signalWords(x, x.signal_k_90, number)),
     signal_at_k: (x) => signalWords(x, x.signal_at_k, percent),
-    k_90: (x) => atLeast(x.k_90, x.k_90_at_least, x),
     raw_at_k: (x) => share(x, x.raw_at_k),
+    signal_k_90: (x) => (x.identical ? "0" : signalWords(x, x.signal_k_90, number)),
+    k_90: (x) => atLeast(x.k_90, x.k_90_at_least, x),
     noise_share: (x) => share(x, x.noise_share),
+    role: (x) => x.role,
+    shape: (x) => x.shape.join(" × "),
     solver: (x) => x.solver,
   };
   const MUTED = new Set(["unknown", "below precision", "identical"]);
@@ -53,10 +53,13 @@
   };
 
   // -- table
+  // Long names may wrap after a dot.
+  const breakable = (name) => name.split(/(?<=\.)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
+
   function row(layer) {
     const cells = Object.entries(CELLS).map(([key, write]) => {
       const text = write(layer);
-      if (key === "name") return make("td", { class: "name" }, make("button", { type: "button" }, text));
+      if (key === "name") return make("td", { class: "name" }, make("button", { type: "button" }, ...breakable(text)));
       const numeric = !["block", "role", "solver"].includes(key);
       return make("td", { class: [numeric && "n", MUTED.has(text) && "muted"].filter(Boolean).join(" ") }, text);
     });
@@ -139,11 +142,11 @@
     const named = labelled(found, pixels);
     const edges = found.slice(1).map((g) => ({
       type: "line", x0: -0.5, x1: data.ks.length - 0.5, y0: g.start - 0.5, y1: g.start - 0.5,
-      line: { color: "@panel", width: g.component === found[found.indexOf(g) + 1 - 1].component ? 1 : 2 },
+      line: { color: "@panel", width: 1 },
     }));
     const at = list.indexOf(shown.chosen);
     const mark = at < 0 ? [] : [{
-      type: "rect", x0: -0.5, x1: data.ks.length - 0.5, y0: at - 0.5, y1: at + 0.5, line: { color: "@mark", width: 2 },
+      type: "rect", x0: -0.5, x1: data.ks.length - 0.5, y0: at - 0.5, y1: at + 0.5, line: { color: "@mark", width: 1.5 },
     }];
     return {
       data: [{
@@ -190,6 +193,8 @@
     name, x, y, mode: "lines", line: { color: colour, width: 2.2, ...more.line }, hovertemplate: more.hover, hoverinfo: more.hover ? undefined : "skip",
   });
 
+  const POWERS = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+
   function spectrumFigure() {
     const layer = shown.chosen;
     const values = layer.values.map((v, i) => [i + 1, v]).filter(([, v]) => v > 0);
@@ -208,7 +213,7 @@
       data: traces,
       layout: {
         height: 270, annotations: values.length ? [] : [note(layer.identical ? "Identical: nothing changed" : "No singular values kept")],
-        xaxis: { type: "log", dtick: "D2", range: [Math.log10(0.9), Math.log10(Math.max(last, 2) * 1.1)], title: { text: "index" } },
+        xaxis: { type: "log", tickvals: POWERS, ticktext: POWERS.map(String), range: [Math.log10(0.9), Math.log10(Math.max(last, 2) * 1.1)], title: { text: "index" } },
         yaxis: { type: "log", exponentformat: "power", dtick: 1, ...(values.length ? { range: [Math.log10(bottom), Math.log10(top)] } : {}), title: { text: "singular value" } },
       },
     };

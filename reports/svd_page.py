@@ -21,15 +21,15 @@ from reports.wording import UNKNOWN, count, number, percent
 _COLUMNS = (
     ("name", "Layer", "text"),
     ("block", "Block", "text"),
-    ("role", "Role", "text"),
-    ("shape", "Shape", "number"),
     ("relative", "Change", "number"),
     ("signal_rank", "Signal rank", "number"),
-    ("signal_k_90", "Signal k₉₀", "number"),
     ("signal_at_k", "Signal at k", "number"),
-    ("k_90", "Raw k₉₀", "number"),
     ("raw_at_k", "Raw at k", "number"),
+    ("signal_k_90", "Signal k₉₀", "number"),
+    ("k_90", "Raw k₉₀", "number"),
     ("noise_share", "Noise", "number"),
+    ("role", "Role", "text"),
+    ("shape", "Shape", "number"),
     ("solver", "Solver", "text"),
 )
 
@@ -46,7 +46,7 @@ def svd_page(result: SvdResult) -> Page:
     layers = sorted(result.layers, key=lambda x: model_order(x.component, x.block))
     data = {"figures": figures, "k": s.k, "ks": energy_ranks(layers), "layers": _columns(layers, s.k)}
     body = (
-        h("header", _pair(result), h("h1", s.answer), _scope(s), class_="top"),
+        h("header", _pair(result), h("h1", s.answer.replace(" %", "\u00a0%")), _scope(s), class_="top"),
         h("main", _cards(s), _curves(result), _explorer(layers, s.k), _blocks(s.k), _rest(result)),
         footer(result.provenance),
     )
@@ -75,8 +75,16 @@ def _cards(s: SvdSummary) -> Safe:
         _figure_card(
             "Median signal rank", number(s.median_signal_rank), f"Ranks that stand out of rounding noise. {unknown}"
         ),
-        _meters(f"Layers that fit in {k} ranks", "90 % of the layer's change within them", s, "layers_90", "layers_99"),
-        _meters("Change held by those layers", "by energy, so large changes count more", s, "energy_90", "energy_99"),
+        _meters(
+            f"Layers that fit in {k} ranks", "Layers with 90 % of their change within them", s, "layers_90", "layers_99"
+        ),
+        _meters(
+            "Share of the change in such layers",
+            "Layers weighted by energy: large changes count more",
+            s,
+            "energy_90",
+            "energy_99",
+        ),
         _figure_card("Relative change", percent(s.relative), _relative_words(s)),
         _meters(f"Change inside {k} ranks, on average", "of the whole delta's energy", s, "mean_energy", None),
         _figure_card("Identical layers", _identical(s), _identical_words(s)),
@@ -138,7 +146,7 @@ def _curves(result: SvdResult) -> Safe:
     )
     words = (
         f"Read up from the line at k = {k}: the height of the blue curve is the share of the change that an adapter of "
-        f"rank {k} could hold. Lines are the median layer, bands hold the middle 80 % of layers. ",
+        f"rank {k} could hold. Lines show the median layer, bands the middle 80 % of layers. ",
         noise,
         "The grey curve is what pure chance gives: a random Gaussian matrix of the same shapes. "
         "A change that is no lower in rank than chance would lie on it.",

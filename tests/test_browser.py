@@ -1,0 +1,218 @@
+"""The page in a real browser: nothing fails, nothing leaves, a click shows the right layer, nothing overflows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from synthetic import HOSTILE, svd_result
+
+from lineage.results import dumps
+from reports.build import build
+from reports.page import visible
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = next(
+    filter(
+        None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"])
+    ),
+    None,
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with sync_api.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def svd_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "svd.html"
+    path.write_text(build(json.loads(dumps(svd_result()))), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def open_page(browser) -> Iterator:
+    """open_page(file, width, scheme) -> (page, faults); each opened once, that costs seconds."""
+    pages = {}
+
+    def opened(file: Path, width: int, scheme: str):
+        if (file, width, scheme) not in pages:
+            page, faults = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), []
+            page.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
+            page.on("pageerror", lambda e: faults.append(str(e)))
+            page.on("requestfailed", lambda r: faults.append(r.url))
+            page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else faults.append(r.url))
+            page.on("dialog", lambda d: faults.append(d.message))
+            page.goto(file.as_uri())
+            pages[file, width, scheme] = page, faults
+        return pages[file, width, scheme]
+
+    yield opened
+    for page, _ in pages.values():
+        page.close()
+
+
+@pytest.fixture
+def visit(open_page) -> Iterator:
+    """visit(file, width, scheme) -> page; at the end nothing may have failed, gone out or run that should not."""
+    seen = []
+
+    def visited(file: Path, width: int = 1400, scheme: str = "light"):
+        seen.append(open_page(file, width, scheme))
+        page = seen[-1][0]
+        page.evaluate("scrollTo(0, 0)")
+        return page
+
+    yield visited
+    assert [faults for _, faults in seen] == [[]] * len(seen)
+    assert [page.evaluate("window.__pwned") for page, _ in seen] == [None] * len(seen)
+
+
+def wait(page, condition: str) -> None:
+    """Polls from outside: the page's own policy forbids the evaluation that playwright's wait_for_function needs."""
+    for _ in range(100):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never true: {condition}")
+
+
+def name(page) -> str:
+    return page.inner_text("#detail-name")
+
+
+def drawn(page) -> list[float]:
+    """The singular values that the spectrum's curve shows."""
+    return page.evaluate("document.getElementById('plot-spectrum').data[0].y")
+
+
+def column(page, at: int) -> list[str]:
+    return page.eval_on_selector_all(f"#rows tr:not([hidden]) td:nth-child({at})", "c => c.map(x => x.textContent)")
+
+
+@pytest.mark.parametrize("width", [390, 700, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_and_does_not_overflow(visit, svd_file, width, scheme):
+    page = visit(svd_file, width, scheme)
+    page.wait_for_selector("#plot-heat .heatmaplayer image", state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.querySelectorAll('.plot .main-svg').length") >= 6
+    assert page.locator("h1").inner_text()
+
+
+def test_a_row_shows_its_layer(visit, svd_file):
+    page = visit(svd_file)
+    layers = {visible(x.name): x for x in svd_result().layers}
+    for at in (3, 60, 120):
+        wanted = column(page, 1)[at]
+        page.locator("#rows tr").nth(at).locator("button").click()
+        assert name(page) == wanted
+        assert drawn(page) == pytest.approx(layers[wanted].singular_values, rel=1e-3)
+        assert page.locator("#rows tr[aria-current]").count() == 1
+
+
+def test_a_heat_map_cell_shows_its_layer(visit, svd_file):
+    page = visit(svd_file)
+    plot = page.locator("#plot-heat")
+    plot.scroll_into_view_if_needed()
+    for at in (20, 150):
+        where = page.evaluate(
+            """at => { const p = document.getElementById('plot-heat'), l = p._fullLayout, b = p.getBoundingClientRect();
+            return [b.left + l.xaxis._offset + l.xaxis.d2p(2), l.yaxis._offset + l.yaxis.d2p(at)]; }""",
+            at,
+        )
+        page.evaluate("([p, y]) => scrollTo(0, p + y - 400)", [page.evaluate(TOP), where[1]])
+        page.wait_for_timeout(150)
+        page.mouse.click(where[0], page.evaluate(TOP_NOW) + where[1])
+        wanted = page.evaluate("at => document.getElementById('plot-heat').data[0].customdata[at][0][1]", at)
+        wait(page, f"document.querySelector('#rows tr[aria-current]').dataset.index == {wanted}")
+        assert name(page) == page.locator(f"#rows tr[data-index='{wanted}'] td").first.text_content()
+
+
+TOP = "document.getElementById('plot-heat').getBoundingClientRect().top + scrollY"
+TOP_NOW = "document.getElementById('plot-heat').getBoundingClientRect().top"
+
+
+def test_signal_and_raw_are_switched(visit, svd_file):
+    page = visit(svd_file)
+    heat = "JSON.stringify(document.getElementById('plot-heat').data[0].z)"
+    signal = page.evaluate(heat)
+    page.get_by_text("Raw", exact=True).click()
+    raw = page.evaluate(heat)
+    assert json.loads(raw) != json.loads(signal)
+    assert sum(row[0] is None for row in json.loads(raw)) < sum(row[0] is None for row in json.loads(signal))
+
+
+def test_sorting_puts_the_unknown_last(visit, svd_file):
+    page = visit(svd_file)
+    page.locator("th button[data-key=signal_at_k]").click()
+    assert page.locator("th[aria-sort=descending]").count() == 1
+    shown = column(page, 5)
+    known = [float(x.split("\u202f")[0]) for x in shown if "%" in x]
+    assert known == sorted(known, reverse=True)
+    assert len(known) > 100
+    assert not any("%" in x for x in shown[len(known) :])
+    page.locator("th button[data-key=signal_at_k]").click()
+    assert [x for x in column(page, 5) if "%" in x] == sorted(
+        (x for x in shown if "%" in x), key=lambda x: float(x.split("\u202f")[0])
+    )
+
+
+def test_filtering_says_how_many(visit, svd_file):
+    page = visit(svd_file)
+    page.fill("#filter", "text_encoder fc1")
+    assert len(column(page, 1)) == 12
+    assert all("fc1" in x for x in column(page, 1))
+    assert page.inner_text("#shown").startswith("12 of")
+    page.fill("#filter", "")
+    page.select_option("#state", "identical")
+    assert all(x.startswith("vae.") for x in column(page, 1))
+    page.select_option("#state", "")
+
+
+def test_the_keyboard_reaches_a_layer(visit, svd_file):
+    page = visit(svd_file)
+    page.locator("#rows button").nth(5).focus()
+    page.keyboard.press("Enter")
+    before = name(page)
+    assert before == column(page, 1)[5]
+    page.locator("#next").focus()
+    page.keyboard.press("Enter")
+    assert name(page) == column(page, 1)[6]
+
+
+def test_on_a_phone_the_layer_opens_and_closes(visit, svd_file):
+    page = visit(svd_file, 390)
+    assert not page.locator("#detail").is_visible()
+    page.locator("#rows button").nth(2).click()
+    wait(page, "getComputedStyle(document.getElementById('detail')).visibility === 'visible'")
+    page.keyboard.press("Escape")
+    wait(page, "getComputedStyle(document.getElementById('detail')).visibility === 'hidden'")
+
+
+def test_hostile_layers_are_shown_as_text(visit, svd_file):
+    page = visit(svd_file)
+    for hostile in HOSTILE:
+        page.locator("#rows button", has_text=visible(hostile)).first.click()
+        assert name(page) == visible(hostile)
+    plotted = page.eval_on_selector_all(".plot a, .plot img, .plot script", "found => found.length")
+    assert plotted == 0
+
+
+def test_colours_follow_the_scheme(visit, svd_file):
+    page = visit(svd_file)
+    ink = "document.getElementById('plot-curves')._fullLayout.font.color"
+    light = page.evaluate(ink)
+    page.emulate_media(color_scheme="dark")
+    wait(page, f"({ink}) !== '{light}'")
+    page.emulate_media(color_scheme="light")
