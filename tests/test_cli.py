@@ -80,7 +80,8 @@ def test_help_is_instant():
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
 def test_help_imports_nothing_heavy(args):
-    code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); import cli; cli.main({args!r})"
+    at_exit = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    code = f"{at_exit}; import cli; cli.main({args!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {m.split(".")[0] for m in run.stderr.split()} & set(HEAVY)
 
@@ -253,7 +254,8 @@ def test_report_rebuilds_the_same_page(call, pair, tmp_path):
 def test_inspect_prints_and_gives_json(call, pair):
     code, out, _ = call("inspect", pair[0])
     assert code == 0
-    assert "F32" in out or "float32" in out
+    assert "float32" in out
+    assert "schema" not in out
     code, out, _ = call("inspect", pair[0], "--json")
     assert code == 0
     assert isinstance(json.loads(out), dict)
@@ -272,6 +274,23 @@ def test_names_cannot_steer_the_terminal(call, tmp_path):
             code, out, err = call(*args, *options)
             assert code == 0, err
             assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out)
+
+
+def test_long_metadata_is_cut_unless_asked_for(call, tmp_path):
+    save_file({"a.weight": torch.zeros(2, 2)}, tmp_path / "m.safetensors", {"note": "x" * 5000})
+    short, full = (call("inspect", tmp_path / "m.safetensors", *options)[1] for options in ([], ["-v"]))
+    assert short.count("x") < 1000
+    assert "5000 characters" in short
+    assert full.count("x") >= 5000
+
+
+def test_what_is_piped_is_not_truncated(call, tmp_path):
+    name = "a" * 300 + ".weight"
+    for stem, seed in (("base", 0), ("tuned", 1)):
+        w = torch.randn(80, 80, generator=torch.Generator().manual_seed(seed))
+        save_file({name: w}, tmp_path / f"{stem}.safetensors")
+    out = call("svd", tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")[1]
+    assert out.count("a") > 300
 
 
 # --- progress
