@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lineage.blocks import blocks, numbered_prefix, role_of
 from lineage.layouts import invert, modern_clip, modern_vae, open_clip_table, rename, unet_table, vae_table
 
 Shape = tuple[int, ...]
@@ -29,6 +30,11 @@ _LDM_PREFIXES = {
     "conditioner.embedders.0.model.": ("text_encoder_2", "open_clip"),
     "conditioner.embedders.1.model.": ("text_encoder_2", "open_clip"),
 }
+_OPEN_CLIP_PREFIXES = {
+    "sd2": "cond_stage_model.model.",
+    "sdxl": "conditioner.embedders.1.model.",
+    "sdxl-refiner": "conditioner.embedders.0.model.",
+}
 _FOLDER_PREFIXES = {
     "unet.": ("unet", "diffusers"),
     "vae.": ("vae", "diffusers"),
@@ -40,22 +46,9 @@ _BARE = (
     ({"down_blocks", "mid_block", "time_embedding"}, ("unet", "diffusers")),
     ({"encoder", "decoder", "quant_conv"}, ("vae", "either")),
     ({"text_model"}, ("text_encoder", "clip")),
+    ({"transformer", "ln_final", "token_embedding"}, ("text_encoder", "open_clip")),
 )
-_ROLES = (
-    (r"\.attn(\d)\.to_(q|k|v|out)", r"attn\1.\2"),
-    (r"\.self_attn\.(q|k|v|out)_proj", r"attn.\1"),
-    (r"\.attentions\.\d+\.to_(q|k|v|out)", r"attn.\1"),
-    (r"\.ff\.net\.0", "ff.in"),
-    (r"\.ff\.net\.2", "ff.out"),
-    (r"\.(proj_in|proj_out)\.", r"\1"),
-    (r"\.mlp\.(fc1|fc2)", r"mlp.\1"),
-    (r"\.(conv_shortcut)\.", "shortcut"),
-    (r"\.downsamplers\.", "down"),
-    (r"\.upsamplers\.", "up"),
-    (r"\.(time_emb_proj|time_embedding|add_embedding|class_embedding)\b", "time"),
-    (r"\.(token_embedding|position_embedding)\b", "embed"),
-    (r"\.(conv\w*|quant_conv|post_quant_conv)\.", "conv"),
-)
+_NO_TEXT_ENCODER = {"vision_model", "visual"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,9 @@ def layout_of(names: Iterable[str]) -> str:
 
 
 def canonical(stored: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Param]:
-    """Canonical name -> Param of a file's tensors (stored name -> shape, dtype). EMA copies are left out."""
+    """Canonical name -> Param of a file's tensors (stored name -> shape, dtype). EMA copies are left out.
+
+    Of two tensors with one meaning (a merge of an old and a new file) the second keeps its stored name."""
     names = [name for name in stored if not name.startswith(EMA_PREFIX)]
     sections = _sections(names)
     params: dict[str, Param] = {}
@@ -116,15 +111,25 @@ def canonical(stored: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Para
     for section in sections:
         taken.update(section.names)
         for param in _section_params(section, stored):
-            params[param.name] = param
+            name = _unused(param, params)
+            params[name] = replace(param, name=name)
     component = "other" if sections else "model"
     for name in names:
         if name not in taken:
             shape, dtype = stored[name]
-            block = "" if sections else _numbered_prefix(name)
-            params[name] = Param(name, name, shape, dtype, component, block, _role(name, shape))
+            block = "" if sections else numbered_prefix(name)
+            params[name] = Param(name, name, shape, dtype, component, block, role_of(name, shape))
     order = {name: i for i, name in enumerate(stored)}
     return dict(sorted(params.items(), key=lambda item: (order[item[1].stored], item[1].part)))
+
+
+def _unused(param: Param, params: Mapping[str, Param]) -> str:
+    name = param.name
+    if name in params:
+        name = param.stored if param.part[1] == 1 else f"{param.stored}.{param.part[0]}"
+    while name in params:
+        name = f"{param.component}.{name}"
+    return name
 
 
 def architecture_of(specs: Mapping[str, Param]) -> str:
@@ -149,15 +154,25 @@ def match(
     for name, a in base.items():
         b = tuned.get(name)
         if b is None:
-            unmatched.append({"name": name, "side": "base", "reason": "not in the tuned model"})
+            unmatched.append({"name": name, "side": "base", "reason": f"not in the tuned model{_cause(name, base)}"})
         elif a.shape[:1] != b.shape[:1] or a.numel != b.numel:
             reason = f"shape {tuple(b.shape)} in the tuned model, {tuple(a.shape)} in the base"
             unmatched.append({"name": name, "side": "both", "reason": reason})
         else:
             pairs.append((a, b))
-    missing = (name for name in tuned if name not in base)
-    unmatched += [{"name": name, "side": "tuned", "reason": "not in the base"} for name in missing]
+    for name in tuned:
+        if name not in base:
+            unmatched.append({"name": name, "side": "tuned", "reason": f"not in the base{_cause(name, tuned)}"})
     return pairs, unmatched
+
+
+def _cause(name: str, side: Mapping[str, Param]) -> str:
+    """Why the other side may lack `name`, where that is well known."""
+    layer = re.match(r"(text_encoder\.text_model\.encoder\.layers\.)(\d{1,4})\.", name)
+    if not layer or not side[name].stored.startswith("cond_stage_model.model."):
+        return ""
+    following = f"{layer[1]}{int(layer[2]) + 1}.layer_norm1.weight"
+    return "" if following in side else ": SD2 does not use its last OpenCLIP layer and diffusers drops it"
 
 
 def kohya_modules(specs: Mapping[str, Param]) -> dict[str, str]:
@@ -181,7 +196,8 @@ def kohya_modules(specs: Mapping[str, Param]) -> dict[str, str]:
 def to_ldm(states: Mapping[str, Mapping[str, Tensor]], architecture: str = "sd1") -> dict[str, Tensor]:
     """The single-file (LDM) tensors of a diffusers pipeline: component -> its state dict; the inverse of `canonical`.
 
-    architecture: sd1 (CLIP under cond_stage_model.transformer), sd2 (OpenCLIP) or sdxl (both, as embedders)."""
+    architecture: sd1 (CLIP under cond_stage_model.transformer), sd2 (OpenCLIP), sdxl (both, as embedders) or
+    sdxl-refiner (OpenCLIP as the only embedder)."""
     out: dict[str, Tensor] = {}
     for component, state in states.items():
         if component == "unet":
@@ -208,7 +224,7 @@ def _text_to_ldm(component: str, state: Mapping[str, Tensor], architecture: str)
     if component == "text_encoder" and architecture in ("sd1", "sdxl"):
         prefix = "cond_stage_model.transformer." if architecture == "sd1" else "conditioner.embedders.0.transformer."
         return {prefix + name: t for name, t in state.items()}
-    prefix = "cond_stage_model.model." if architecture == "sd2" else "conditioner.embedders.1.model."
+    prefix = _OPEN_CLIP_PREFIXES[architecture]
     table, out = invert(open_clip_table(state)), {}
     for name, t in state.items():
         if ".q_proj." in name:
@@ -233,7 +249,7 @@ def _sections(names: Iterable[str]) -> list[Section]:
             return found
     heads = {name.split(".", 1)[0] for name in names}
     for required, (component, spelling) in _BARE:
-        if required <= heads:
+        if required <= heads and not heads & _NO_TEXT_ENCODER:
             return [Section(component, spelling, "", tuple(names))]
     return []
 
@@ -241,13 +257,13 @@ def _sections(names: Iterable[str]) -> list[Section]:
 def _section_params(section: Section, stored: Mapping[str, tuple[Shape, torch.dtype]]) -> list[Param]:
     inner = [name.removeprefix(section.prefix) for name in section.names]
     renamed = _renamer(section, inner)
-    blocks = _blocks(section.component, [renamed(name) for name in inner])
+    block = blocks(section.component, [renamed(name) for name in inner])
     params = []
     for name, short in zip(section.names, inner, strict=True):
         shape, dtype = stored[name]
         path = renamed(short)
-        plain = Param(f"{section.component}.{path}", name, shape, dtype, section.component, blocks(path), "")
-        params += [replace(p, role=_role(p.name, p.shape)) for p in _views(plain, section)]
+        plain = Param(f"{section.component}.{path}", name, shape, dtype, section.component, block(path), "")
+        params += [replace(p, role=role_of(p.name, p.shape)) for p in _views(plain, section)]
     return params
 
 
@@ -278,48 +294,3 @@ def _views(param: Param, section: Section) -> list[Param]:
     if section.component == "vae" and ".attentions." in name and shape[2:] == (1, 1):
         return [replace(param, shape=shape[:2])]
     return [param]
-
-
-def _blocks(component: str, paths: list[str]) -> Callable[[str], str]:
-    """The block of a canonical path: as merge boards count them for UNets, layers for text encoders."""
-    if component == "unet":
-        table = invert(unet_table(paths))
-        return lambda path: _unet_block(rename(path, table) or path)
-    if component == "vae":
-        return lambda path: "VAE." + re.sub(r"(\.\d+)\..*|\.(weight|bias)$|\.\w+\.(weight|bias)$", r"\1", path)
-    label = "TE2" if component == "text_encoder_2" else "TE"
-    return lambda path: f"{label}.{_text_block(path)}"
-
-
-def _unet_block(ldm: str) -> str:
-    parts = ldm.split(".", 2)
-    number = int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
-    names = {
-        "input_blocks": f"IN{number:02d}",
-        "output_blocks": f"OUT{number:02d}",
-        "middle_block": "M00",
-        "out": "OUT",
-    }
-    return names.get(parts[0], "TIME")
-
-
-def _text_block(path: str) -> str:
-    layer = re.search(r"\.layers\.(\d{1,4})\.", path)
-    return f"{int(layer[1]):02d}" if layer else "embed" if ".embeddings." in path else "final"
-
-
-def _numbered_prefix(name: str) -> str:
-    found = re.match(r".{0,200}?\.\d{1,5}(?=\.)", name)
-    return found[0] if found else name.rsplit(".", 1)[0][:200]
-
-
-def _role(name: str, shape: Shape) -> str:
-    if name.endswith(".bias"):
-        return "bias"
-    if len(shape) < 2:
-        return "norm" if name.endswith(".weight") else "other"
-    for pattern, role in _ROLES:
-        found = re.search(pattern, name)
-        if found:
-            return found.expand(role)
-    return "embed" if name.endswith("embeddings.weight") else "other"
