@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -336,9 +335,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _exit_code(args: Sequence[str] | None) -> int:
     try:
-        code = cli.main(args, prog_name="lineage", standalone_mode=False)
-        sys.stdout.flush()
-        return code or 0
+        return cli.main(args, prog_name="lineage", standalone_mode=False) or 0
     except click.ClickException as e:
         e.show()
         return 2
@@ -350,9 +347,8 @@ def _exit_code(args: Sequence[str] | None) -> int:
             raise e.__cause__ from None
         click.echo("Interrupted.", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except SystemExit as e:  # click and rich end with 1 when the reader of a pipe has left
+        return BROKEN_PIPE if e.code == 1 else int(e.code or 0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def table(*columns: str, title: str = "") -> Table:
 
 
 def fields(result: dict[str, Any], verbosity: int = 0) -> Iterator[Table]:
-    """Any record: one row per field, nested ones with dots; what is empty is left out, what is long is cut without -v."""
+    """Any record: a row per field, nested ones with dots; what is empty is left out, what is long is cut without -v."""
     made = Table.grid(padding=(0, 2))
     for name, value in _flat({k: v for k, v in result.items() if k not in ENVELOPE}):
         cell = plain(value)
