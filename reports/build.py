@@ -6,12 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from lineage.errors import LineageError
-from lineage.results import SvdResult
+from lineage.results import MergeResult, SvdResult
+from reports.merge_page import merge_page
 from reports.page import Page, assemble
 from reports.records import restore
 from reports.svd_page import svd_page
 
-PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {"svd": (SvdResult, svd_page)}
+PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
+    "svd": (SvdResult, svd_page),
+    "merge": (MergeResult, merge_page),
+}
 
 
 def build(result: dict[str, Any]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from math import log10
 from statistics import quantiles
 from typing import Any
 
-from lineage.results import Group, LayerSpectrum, SvdResult
+from lineage.results import BlockChange, Group, LayerSpectrum, SvdResult
 from reports.page import plot_text
 
 Figure = dict[str, Any]
@@ -179,12 +179,76 @@ def _bars(blocks: list[tuple[str, Group]], values: list[float | None], colour: s
 def _bar_layout(blocks: list[tuple[str, Group]], x: Figure) -> Figure:
     return {
         "xaxis": {"side": "top", **x},
-        "yaxis": {
-            "tickvals": list(range(len(blocks))),
-            "ticktext": [plot_text(name, 22) for name, _ in blocks],
-            "range": [len(blocks) - 0.4, -0.6],
-            "showgrid": False,
-        },
+        "yaxis": _rows([name for name, _ in blocks], 22),
         "bargap": 0.3,
         "height": 70 + 17 * max(3, len(blocks)),
+    }
+
+
+def coefficient_bars(coefficients: Mapping[str, float]) -> Figure:
+    """One bar per original model, in the order given; negative ones in the colour of a warning."""
+    values = list(coefficients.values())
+    bar = {
+        "type": "bar",
+        "orientation": "h",
+        "x": values,
+        "y": list(range(len(values))),
+        "text": [f"{v:.5g}" for v in values],
+        "textposition": "outside",
+        "cliponaxis": False,
+        "customdata": [plot_text(name) for name in coefficients],
+        "marker": {"color": ["@raw" if v < 0 else "@signal" for v in values]},
+        "hovertemplate": "%{customdata}: %{x}<extra></extra>",
+    }
+    span = max([*map(abs, values), 1e-9]) * 1.45
+    layout = {
+        "xaxis": {"range": [-span if min(values, default=0) < 0 else 0, span], "side": "top"},
+        "yaxis": {**_rows([*coefficients], 24), "zeroline": False},
+        "bargap": 0.35,
+        "height": 60 + 30 * max(2, len(values)),
+    }
+    return {"data": [bar], "layout": layout}
+
+
+def change_map(changes: Sequence[BlockChange], blocks: Sequence[str]) -> Figure:
+    """Blocks down, originals across: ||output - input||_F / ||input||_F; a gap where it is unknown."""
+    z = [[c.blocks.get(b) for c in changes] for b in blocks]
+    names = [plot_text(c.input) for c in changes]
+    heat = {
+        "type": "heatmap",
+        "z": z,
+        "zmin": 0,
+        "colorscale": "Cividis",
+        "hoverongaps": False,
+        "customdata": [[[plot_text(b), name] for name in names] for b in blocks],
+        "hovertemplate": "%{customdata[0]} against %{customdata[1]}: %{z:.2%}<extra></extra>",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {
+            "thickness": 10,
+            "outlinewidth": 0,
+            "tickformat": ".1%",
+            "tickfont": {"color": "@muted"},
+            "xpad": 4,
+        },
+    }
+    across = {"tickvals": list(range(len(names))), "ticktext": [plot_text(c.input, 16) for c in changes]}
+    return {
+        "data": [heat],
+        "layout": {
+            "xaxis": {**across, "side": "top", "tickangle": -35 if len(names) > 2 else 0, "showgrid": False},
+            "yaxis": _rows(blocks, 18),
+            "plot_bgcolor": "@gap",
+            "height": 110 + 15 * max(3, len(blocks)),
+        },
+    }
+
+
+def _rows(names: Sequence[str], limit: int) -> Figure:
+    """A vertical axis with one named row per entry, first on top."""
+    return {
+        "tickvals": list(range(len(names))),
+        "ticktext": [plot_text(name, limit) for name in names],
+        "range": [len(names) - 0.4, -0.6],
+        "showgrid": False,
     }

@@ -40,7 +40,7 @@ const Page = (() => {
   // Replaces "@name" by the colour of that name, only where plotly expects a colour: a layer may be called "@ink".
   function painted(value, key = "") {
     if (typeof value === "string") return /color$/i.test(key) && value.startsWith("@") ? colour(value.slice(1)) : value;
-    if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((v) => painted(v, key)) : value;
+    if (Array.isArray(value)) return value.map((v) => painted(v, key));
     if (value === null || typeof value !== "object") return value;
     return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, painted(v, k)]));
   }

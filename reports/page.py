@@ -92,7 +92,8 @@ def asset(name: str) -> str:
 
 def assemble(page: Page) -> str:
     """The whole document. Only the scripts whose hashes stand in its policy can run, and none can reach a network."""
-    scripts = [_plotly(), asset("page.js"), *(asset(name) for name in page.scripts)] if page.scripts else []
+    drawn = bool(page.data)
+    scripts = [_plotly(), asset("page.js"), *(asset(name) for name in page.scripts)] if drawn else []
     head = h(
         "head",
         h("meta", charset="utf-8"),

@@ -157,17 +157,15 @@
         colorbar: { thickness: 10, outlinewidth: 0, tickformat: ".0%", len: 1, lenmode: "fraction", tickfont: { size: 11, color: "@muted" }, x: 1.01, xpad: 4 },
       }],
       layout: {
-        height: 60 + pixels * list.length, showlegend: false, shapes: [...edges, ...mark], plot_bgcolor: colourOf("gap"),
+        height: 60 + pixels * list.length, showlegend: false, shapes: [...edges, ...mark], plot_bgcolor: "@gap",
         xaxis: { side: "top", tickvals: data.ks.map((_, i) => i), ticktext: data.ks.map(String), title: { text: "energy in the first k ranks, k =" }, showgrid: false },
         yaxis: {
           range: [list.length - 0.5, -0.5], showgrid: false,
-          tickvals: named.map((g) => (g.start + g.end) / 2), ticktext: named.map((g) => plain(g.block, 16)),
+          tickvals: named.map((g) => (g.start + g.end) / 2), ticktext: named.map((g) => plain(g.block, 18)),
         },
       },
     };
   }
-
-  const colourOf = (name) => Page.colour(name);
 
   // -- the chosen layer
   function facts(layer) {
@@ -212,7 +210,7 @@
     return {
       data: traces,
       layout: {
-        height: 270, annotations: values.length ? [] : [note(layer.identical ? "Identical: nothing changed" : "No singular values kept")],
+        height: 250, annotations: values.length ? [] : [note(layer.identical ? "Identical: nothing changed" : "No singular values kept")],
         xaxis: { type: "log", tickvals: POWERS, ticktext: POWERS.map(String), range: [Math.log10(0.9), Math.log10(Math.max(last, 2) * 1.1)], title: { text: "index" } },
         yaxis: { type: "log", exponentformat: "power", dtick: 1, ...(values.length ? { range: [Math.log10(bottom), Math.log10(top)] } : {}), title: { text: "singular value" } },
       },
@@ -244,7 +242,7 @@
     return {
       data: traces,
       layout: {
-        height: 290, annotations: layer.identical ? [note("Identical: no energy to share out")] : [],
+        height: 265, annotations: layer.identical ? [note("Identical: no energy to share out")] : [],
         xaxis: { type: "log", tickvals: x, ticktext: x.map(String), title: { text: "ranks kept, k" } },
         yaxis: { range: [0, 1.04], tickformat: ".0%" },
       },

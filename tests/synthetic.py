@@ -1,4 +1,4 @@
-"""Results as the engine would write them, of any size and without it: for pages, whose input is only JSON."""
+"""Results as the engine would write them, made without it: for pages, whose input is only JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import random
 from collections.abc import Iterator
 
 from lineage.claim import summarise
-from lineage.results import Interval, LayerSpectrum, SvdResult, VectorDelta, provenance
+from lineage.results import (
+    BlockChange,
+    Interval,
+    LayerSpectrum,
+    MergeInput,
+    MergeOutput,
+    MergeResult,
+    MergeStep,
+    SvdResult,
+    VectorDelta,
+    provenance,
+)
 
 KS = [1, 2, 4, 8, 16, 32, 64]
 HOSTILE = [
@@ -104,7 +115,8 @@ def layer(rng: random.Random, name: str, block: str, role: str, shape: tuple[int
     k_99 = next((i + 1 for i in range(len(squares)) if sum(squares[: i + 1]) >= 0.99 * total), None) if total else 0
     return LayerSpectrum(
         name=name, component=name.split(".")[0] if "." in name else "unet", block=block, role=role, shape=shape,
-        frobenius=math.sqrt(total), relative=math.sqrt(total) / (0.9 * math.sqrt(entries) ** 0.7), entries=entries, identical_entries=entries if not values else rng.randint(0, entries // 20),
+        frobenius=math.sqrt(total), relative=math.sqrt(total) / (0.9 * math.sqrt(entries) ** 0.7),
+        entries=entries, identical_entries=entries if not values else rng.randint(0, entries // 20),
         noise_energy=noise, noise_edge=edge, signal_rank=None if kind == "hidden" else count,
         signal_rank_at_least=count, below_storage_precision=kind == "hidden", numerical_rank=None,
         stable_rank=total / squares[0] if values else 0.0,
@@ -158,3 +170,53 @@ def kind_of(rng: random.Random, name: str, block: str, role: str) -> str:
     if role in ("ff.in", "conv") and block.startswith("OUT"):
         return "power" if rng.random() < 0.6 else "flat"
     return "low"
+
+
+def merge_result(*, dry_run: bool = False, models: int = 7) -> MergeResult:
+    """A chain of weighted sums, then an add-difference with a blow-up; one step with block weights and adapters."""
+    names = ["nai", "bp", "nep", "Pastel-Mix", "fantasyBackground", "Myne<b>Factory</b>Base", "anylora"][:models]
+    steps = [
+        MergeStep(
+            f"__O{i}__", "weighted_sum", round(1 / (i + 1), 5), (f"__O{i - 1}__" if i > 1 else names[0], names[i]),
+            (i - 2 if i > 1 else None, None), True, {"merged": 1124, "kept": 4 + i, "unhalved": 2}, {}, {}, {},
+            ({"name": "<script>window.__pwned=6</script>", "policy": "kept", "reason": "only in the first"},),
+        )
+        for i in range(1, models)
+    ]  # fmt: skip
+    steps.append(
+        MergeStep(
+            "AleaMix-ad", "add_difference", 3.0, (names[0], f"__O{models - 1}__", names[0]), (None, models - 2, None),
+            False, {"merged": 1130, "dropped": 3}, {"IN0*": 0.5}, {"vae": names[1]}, {"style<i>.safetensors": 0.65},
+        )
+    )  # fmt: skip
+    blocks = [
+        *(f"IN{i:02d}" for i in range(12)),
+        "M00",
+        *(f"OUT{i:02d}" for i in range(12)),
+        *(f"TE.{i:02d}" for i in range(12)),
+    ]
+    rng = random.Random(1)
+    outputs = [
+        merge_output("AleaMix", models - 2, dict.fromkeys(names, 1 / models), blocks, rng, dry_run),
+        merge_output(
+            "AleaMix-ad", models - 1, {n: -2.0 if n == "nai" else 3 / (models - 1) for n in names}, blocks, rng, dry_run
+        ),
+    ]
+    inputs = [MergeInput(n, f"{n}.safetensors", "ab" * 32, 2132625432, 1130, "sd1", "epsilon") for n in names]
+    made = provenance("lineage merge aleamix.txt --models models -o out", {}, seconds=12.5)
+    text = "A = nai + bp @ 0.5\n<script>window.__pwned=7</script>\n"
+    warned = ("nep carries v_pred, which the merge drops: the output would be read as an epsilon model.",)
+    return MergeResult(made, text, "aleamix.txt", "webui", dry_run, tuple(inputs), tuple(steps), tuple(outputs), warned)
+
+
+def merge_output(
+    name: str, step: int, parts: dict[str, float], blocks: list[str], rng: random.Random, dry_run: bool
+) -> MergeOutput:
+    changes = [BlockChange(n, 0.05, {b: rng.random() * 0.1 if b != "M00" else None for b in blocks}) for n in parts]
+    total = sum(map(abs, parts.values()))
+    return MergeOutput(
+        name, step, None if dry_run else f"{name}.safetensors", None if dry_run else "cd" * 32, 2132625432,
+        "safetensors", 1130, {"float16": 1128, "float32": 2}, parts, {"IN01": parts} if total > 2 else {},
+        total, total > 2,
+        () if dry_run else tuple(changes),
+    )  # fmt: skip

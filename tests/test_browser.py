@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from synthetic import HOSTILE, svd_result
+from synthetic import HOSTILE, merge_result, svd_result
 
 from lineage.results import dumps
 from reports.build import build
@@ -37,6 +37,13 @@ def browser() -> Iterator:
 def svd_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "svd.html"
     path.write_text(build(json.loads(dumps(svd_result()))), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def merge_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "merge.html"
+    path.write_text(build(json.loads(dumps(merge_result()))), encoding="utf-8")
     return path
 
 
@@ -216,3 +223,12 @@ def test_colours_follow_the_scheme(visit, svd_file):
     page.emulate_media(color_scheme="dark")
     wait(page, f"({ink}) !== '{light}'")
     page.emulate_media(color_scheme="light")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
+def test_a_merge_opens_and_does_not_overflow(visit, merge_file, width, scheme):
+    page = visit(merge_file, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("svg.tree rect").count() == 14
+    assert page.locator(".plot .main-svg").first.is_visible()
+    assert page.evaluate("document.getElementById('plot-coefficients-1').data[0].x")[0] == -2

@@ -9,20 +9,23 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import plotly.graph_objects as go
 import pytest
-from synthetic import HOSTILE, svd_result
+from synthetic import HOSTILE, merge_result, svd_result
 
 from lineage.errors import LineageError
 from lineage.results import SvdResult, dumps, to_json
 from reports import wording
 from reports.build import build
 from reports.figures import energy_curves, natural, short_side
+from reports.merge_page import merge_page
 from reports.page import Page, Safe, assemble, h, plot_text, script_json, visible
 from reports.records import restore
 from reports.svd_page import svd_page
+from reports.tree import drawing, factors
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +164,54 @@ def test_the_answer_and_its_reasons_are_said(result, text):
         assert record["sha256"] in words
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_merge_is_told_whole(dry_run):
+    made = merge_result(dry_run=dry_run)
+    page = build(json.loads(dumps(made)))
+    elements = Elements(page)
+    words = " ".join("".join(elements.words).split())
+    tags = [tag for tag, _ in elements.found]
+    assert tags.count("svg") == 1
+    assert tags.count("rect") == len(made.inputs) + len(made.steps)
+    assert tags.count("path") == sum(len(s.inputs) for s in made.steps)
+    assert tags.count("script") == 3
+    assert words.index(made.warnings[0]) < words.index("The merge tree")
+    assert "add up to 5" in words.split("The merge tree")[0]
+    assert made.recipe.splitlines()[1] in words
+    for said in ("only in a later operand", "kept, and left in single precision", "style<i>.safetensors", "A dry run"):
+        assert (said in words) == (dry_run or said != "A dry run")
+
+
+def test_a_step_says_what_it_multiplies_with():
+    steps = merge_result().steps
+    assert factors(steps[0]) == ("0.5", "0.5")
+    assert factors(steps[-1]) == ("1", "3", "-3")
+    assert factors(replace(steps[0], method="unheard of")) == ("", "")
+
+
+def test_no_two_boxes_of_a_tree_overlap():
+    boxes = [
+        {k: float(a[k] or 0) for k in ("x", "y", "width", "height")}
+        for tag, a in Elements(drawing(merge_result())).found
+        if tag == "rect"
+    ]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            beside = a["x"] >= b["x"] + b["width"] or b["x"] >= a["x"] + a["width"]
+            assert beside or a["y"] >= b["y"] + b["height"] or b["y"] >= a["y"] + a["height"]
+
+
 @pytest.mark.parametrize("limit", [0, 1, 40])
 def test_figures_are_what_plotly_knows(limit):
     page = svd_page(svd_result(limit=limit, hostile=limit > 0))
     for name, figure in page.data["figures"].items():
         known = json.loads(re.sub(r'"@[a-z-]+"', '"#123456"', json.dumps(figure)))
         assert go.Figure(known), name
+
+
+def test_merge_figures_are_what_plotly_knows():
+    for name, figure in merge_page(merge_result()).data["figures"].items():
+        assert go.Figure(json.loads(re.sub(r'"@[a-z-]+"', '"#123456"', json.dumps(figure)))), name
 
 
 def test_curves_count_only_changed_layers_of_short_side_above_k(result):
