@@ -219,14 +219,19 @@ def _groups(pairs: list[Pair], device: torch.device) -> Iterator[list[Pair]]:
 
 def _load(base: Checkpoint, tuned: Checkpoint, group: list[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
     """Stacks (b, m, n) of the group in their stored dtypes, on `device`."""
-    shape = (len(group), *matrix_shape(group[0][0]))
+    shape = matrix_shape(group[0][0])
     stacks = (
-        torch.stack([base[a.name].flatten() for a, _ in group]).view(shape),
-        torch.stack([tuned[b.name].flatten() for _, b in group]).view(shape),
+        _stack([base[a.name].reshape(shape) for a, _ in group]),
+        _stack([tuned[b.name].reshape(shape) for _, b in group]),
     )
     if device.type == "cuda":
         stacks = tuple(s.pin_memory() for s in stacks)
     return tuple(s.to(device, non_blocking=True) for s in stacks)  # type: ignore[return-value]
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    """(b, m, n), without a copy of a single matrix."""
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
 
 
 def _difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, list[Sums]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lineage.spectrum import fast_dtype, row_blocks, squared_norms
+from lineage.spectrum import fast_dtype, product, row_blocks, squared_norms
 
+SPIKE, SPIKE_SIZE = 0.25, 0.8
 EDGE_MARGIN = 1.02  # above the largest singular value of one simulated noise matrix
 KRYLOV_BLOCK, KRYLOV_DEPTH = 16, 8
 
@@ -57,6 +58,30 @@ class Noise:
             noise[:, rows].addcmul_(steps[1], uniform[1][rows])
         return noise, energy
 
+    def edges(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise edge and expected noise energy of each pair of the stacks (b, m, n): (b,) float64 both.
+
+        A few entries much larger than the rest can alone reach the edge, and one draw says little about them: there
+        the noise is taken close to its largest."""
+        noise, energy = self.simulate(base, tuned)
+        found = edge(noise)
+        largest = [binade(w.flatten(1).abs().amax(1) if w.element_size() > 1 else w.float().flatten(1).abs().amax(1).to(w.dtype)).double() * torch.finfo(w.dtype).eps for w in (base, tuned)]
+        spiked = (largest[0] + largest[1]) / 2 > SPIKE * found
+        for i in spiked.nonzero().flatten().tolist():
+            _harden(noise[i], base[i], tuned[i], float(found[i]))
+            found[i] = edge(noise[i][None])[0]
+        return found, energy
+
+
+def _harden(noise: Tensor, base: Tensor, tuned: Tensor, found: float) -> None:
+    """Raise, in place, the magnitude of noise (m, n) where one entry's error alone can reach SPIKE x the edge."""
+    for rows in row_blocks(noise[None]):
+        steps = [binade(w[rows]).float().mul_(torch.finfo(w.dtype).eps) for w in (base, tuned)]
+        worst = (steps[0] + steps[1]) / 2
+        drawn = noise[rows].float()
+        raised = torch.maximum(drawn.abs(), SPIKE_SIZE * worst).copysign(drawn)
+        noise[rows] = torch.where(worst > SPIKE * found, raised, drawn).to(noise.dtype)
+
 
 def edge(noise: Tensor) -> Tensor:
     """1.02 x the largest singular value of each simulated noise matrix (b, m, n): (b,) float64.
@@ -68,12 +93,12 @@ def edge(noise: Tensor) -> Tensor:
     block = torch.randn(wide.shape[-2], KRYLOV_BLOCK, generator=torch.Generator().manual_seed(3)).to(wide.device)
     basis = torch.linalg.qr(block).Q.expand(len(wide), -1, -1)
     for _ in range(KRYLOV_DEPTH - 1):
-        block = (wide @ (wide.mT @ basis[..., -KRYLOV_BLOCK:].to(wide.dtype))).float()
+        block = product(wide, product(wide.mT, basis[..., -KRYLOV_BLOCK:].to(wide.dtype))).float()
         for _ in range(2):  # once is not enough in float32
-            block = block - basis @ (basis.mT @ block)
+            block = block - product(basis, product(basis.mT, block))
         basis = torch.cat([basis, torch.linalg.qr(block).Q], -1)
-    image = (wide.mT @ basis.to(wide.dtype)).float()
-    return EDGE_MARGIN * torch.linalg.eigvalsh((image.mT @ image).double())[..., -1].clamp_min(0).sqrt()
+    image = product(basis.mT.to(wide.dtype), wide).float()
+    return EDGE_MARGIN * torch.linalg.eigvalsh(product(image, image.mT).double())[..., -1].clamp_min(0).sqrt()
 
 
 def clean(singular_values: Tensor, noise_energy: float, shape: tuple[int, int], rank: int) -> Tensor:
