@@ -63,7 +63,8 @@ def _adder(deltas: Sequence[_Delta]) -> Function:
         result = stored.to(wide([stored.dtype]), copy=True)
         for d in deltas:
             view = d.param.view(result)
-            view += d.weight * d.factors.delta().reshape(view.shape)
+            added = d.factors.delta(view.float() if d.factors.needs_weight else None)
+            view += d.weight * added.reshape(view.shape)
         return result
 
     return add

@@ -37,10 +37,12 @@ class Plan:
 
     def sources(self, i: int) -> list[int]:
         """Inputs that the output of step `i` is made of, in the order of their first use, donors included."""
-        found: dict[int, None] = {}
-        for ref in self.recipe.steps[i].references:
-            found |= dict.fromkeys(self.sources(ref.step) if ref.step is not None else [self.index[ref.text]])
-        return list(found)
+        needed, steps = {i}, self.recipe.steps
+        for k in range(i, -1, -1):
+            if k in needed:
+                needed |= {ref.step for ref in steps[k].references if ref.step is not None}
+        used = (ref.text for k in sorted(needed) for ref in steps[k].references if ref.step is None)
+        return list(dict.fromkeys(self.index[text] for text in used))
 
     @property
     def originals(self) -> list[Path]:
