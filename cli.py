@@ -305,13 +305,15 @@ def demo(run: Run, seed: int, show: bool) -> None:
 
     The folder is its own: the same call continues or says that it is done.
     """
+    assert run.folder is not None
     with extras("demo"), run.progress() as progress:
         from train import world
 
-        page = world.demo(run.folder, seed=seed, progress=progress).page
-    run.say(f"The page: {page}")
+        made = world.demo(run.folder, seed=seed, progress=progress)
+    replace(run, folder=made.folder / "svd", force=True).finish(made.svd)
+    run.say(f"Models: {made.base}, {made.tuned}\nSamples of both: {made.samples}\nCredits: {made.credits}")
     if show:
-        click.launch(str(page))
+        click.launch(str(made.folder / "svd" / "report.html"))
 
 
 @cli.command()
