@@ -161,7 +161,10 @@ def energy_bars(blocks: list[tuple[str, Group]], k: int) -> Figure:
     }
     del raw["orientation"]
     layout = _bar_layout(blocks, {"tickformat": ".0%", "range": [0, 1.02]})
-    return {"data": [{**signal, "name": "signal"}, raw], "layout": {**layout, "showlegend": True}}
+    return {
+        "data": [{**signal, "name": "signal"}, raw],
+        "layout": {**layout, "showlegend": True, "legend": {"orientation": "h", "x": 0, "y": 0, "yanchor": "top"}},
+    }
 
 
 def _bars(blocks: list[tuple[str, Group]], values: list[float | None], colour: str, hover: str) -> Figure:
@@ -181,7 +184,7 @@ def _bar_layout(blocks: list[tuple[str, Group]], x: Figure) -> Figure:
         "xaxis": {"side": "top", **x},
         "yaxis": _rows([name for name, _ in blocks], 22),
         "bargap": 0.3,
-        "height": 70 + 17 * max(3, len(blocks)),
+        "height": 80 + 17 * max(3, len(blocks)),
     }
 
 

@@ -41,7 +41,9 @@ def _eyebrow(result: MergeResult) -> Safe:
 def _headline(result: MergeResult) -> str:
     names = " and ".join(o.name for o in result.outputs) or "Nothing"
     done = "would be made" if result.dry_run else "made"
-    return f"{names}: {done} from {count(len(result.inputs), 'model')} in {count(len(result.steps), 'step')}."
+    adapters = len({name for s in result.steps for name in s.adapters})
+    parts = count(len(result.inputs), "model") + (f" and {count(adapters, 'adapter')}" if adapters else "")
+    return f"{names}: {done} from {parts} in {count(len(result.steps), 'step')}."
 
 
 def _arithmetic(result: MergeResult) -> Safe:
@@ -67,7 +69,7 @@ def _warnings(result: MergeResult) -> Safe | None:
 
 def _tree(result: MergeResult) -> Safe:
     words = (
-        "Read from left to right: original models, then each step of the recipe; framed boxes are written out. "
+        "Read from left to right: original models and adapters, then each step; blue frames are written out. "
         "The number at an arrow is what that operand is multiplied with, dashed where it is subtracted.",
     )
     box = h("div", drawing(result), class_="wide", tabindex="0", role="region", aria_label="Merge tree")

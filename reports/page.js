@@ -30,7 +30,7 @@ const Page = (() => {
   function percent(share) {
     const value = 100 * share;
     if (value === 0 || value >= 99.95) return `${value.toFixed(0)}\u202f%`;
-    return value >= 0.01 ? `${Number(value.toPrecision(3))}\u202f%` : `${value.toExponential(1)}\u202f%`;
+    return value >= 1e-4 ? `${Number(value.toPrecision(3))}\u202f%` : `${value.toExponential(1)}\u202f%`;
   }
 
   function colour(name) {

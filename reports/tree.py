@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lineage.errors import LineageError
 from lineage.results import MergeResult, MergeStep
 from reports.page import Safe, h, shortened, visible
 from reports.wording import number
@@ -41,7 +42,7 @@ def drawing(result: MergeResult) -> Safe:
     edges = [_edge(nodes[source], n, port) for n in nodes for port, source in enumerate(n.inputs)]
     frame = f"-1 -1 {width} {height:g}"
     label = f"Merge tree of {len(result.inputs)} models and {len(result.steps)} steps"
-    return h("svg", edges, [_box(n) for n in nodes], viewBox=frame, width=width, height=f"{height:g}", class_="tree",
+    return h("svg", edges, [_box(n) for n in nodes], viewBox=frame, style=f"--natural: {width}px", class_="tree",
              role="img", aria_label=label)  # fmt: skip
 
 
@@ -54,16 +55,36 @@ def factors(step: MergeStep) -> tuple[str, ...]:
 
 
 def _nodes(result: MergeResult) -> list[Node]:
-    """Inputs first, in the order the steps use them, then the steps; an input is one node however often it is used."""
-    names = dict.fromkeys(n for s in result.steps for n, at in zip(s.inputs, s.from_steps, strict=False) if at is None)
-    nodes = [Node(0, name, "original", False) for name in names]
-    index, final = {name: i for i, name in enumerate(names)}, {o.step for o in result.outputs}
+    """Originals and adapters first, in the order the steps use them, then the steps; each is one node."""
     for i, step in enumerate(result.steps):
-        links = zip(step.inputs, step.from_steps, strict=False)
-        used = tuple(index[n] if at is None else len(names) + at for n, at in links if at is None or 0 <= at < i)
+        _check(step, i)
+    nodes = [Node(0, name, kind, False) for kind, name in _leaves(result)]
+    index, first = {(n.words, n.title): i for i, n in enumerate(nodes)}, len(nodes)
+    final = {o.step for o in result.outputs}
+    for i, step in enumerate(result.steps):
+        operands = zip(step.inputs, step.from_steps, factors(step), strict=True)
+        links = [(index["original", n] if at is None else first + at, f) for n, at, f in operands]
+        links += [(index["adapter", n], number(w)) for n, w in step.adapters.items()]
+        used = tuple(source for source, _ in links)
         column = 1 + max((nodes[u].column for u in used), default=0)
-        nodes.append(Node(column, step.name, step.method.replace("_", " "), i in final, used, factors(step)))
+        words = step.method.replace("_", " ")
+        nodes.append(Node(column, step.name, words, i in final, used, tuple(f for _, f in links)))
     return nodes
+
+
+def _check(step: MergeStep, i: int) -> None:
+    """A step may use only earlier ones, or the drawing would not end."""
+    if len(step.inputs) != len(step.from_steps) or any(at is not None and not 0 <= at < i for at in step.from_steps):
+        raise LineageError(f"result.steps[{i}]: its inputs are not earlier steps. Was the file edited? Run it again.")
+
+
+def _leaves(result: MergeResult) -> list[tuple[str, str]]:
+    """("original" or "adapter", name), each once, by first use."""
+    found: dict[tuple[str, str], None] = {}
+    for s in result.steps:
+        found |= {("original", n): None for n, at in zip(s.inputs, s.from_steps, strict=True) if at is None}
+        found |= {("adapter", n): None for n in s.adapters}
+    return list(found)
 
 
 def _placed(nodes: list[Node]) -> list[Node]:
@@ -83,8 +104,9 @@ def _placed(nodes: list[Node]) -> list[Node]:
 def _edge(source: Node, target: Node, port: int) -> Safe:
     x0, y0 = source.x + WIDTH, source.y + source.height / 2
     x1, y1 = target.x, target.y + target.height / 2 + PORT * (port - (len(target.inputs) - 1) / 2)
-    bend = max(24, (x1 - x0) / 2)
-    path = f"M{x0} {y0:g}C{x0 + bend:g} {y0:g} {x1 - bend:g} {y1:g} {x1} {y1:g}"
+    xb = x1 - (COLUMN - WIDTH)  # straight up to the last gap, so that few boxes are crossed
+    bend = (x1 - xb) / 2
+    path = f"M{x0} {y0:g}H{xb}C{xb + bend:g} {y0:g} {x1 - bend:g} {y1:g} {x1} {y1:g}"
     words = target.factors[port] if port < len(target.factors) else ""
     label = h("text", words, x=x1 - 4, y=f"{y1 - 4:g}", text_anchor="end", class_="factor") if words else None
     return h("g", h("path", d=path, class_="minus" if words.startswith("-") else "plus"), label)

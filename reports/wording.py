@@ -12,7 +12,7 @@ def percent(share: float | None) -> str:
     value = 100 * share
     if value == 0 or abs(value) >= 99.95:
         return f"{value:.0f} %"
-    return f"{value:.3g} %" if abs(value) >= 0.01 else f"{value:.1e} %"
+    return f"{value:.3g} %" if abs(value) >= 1e-4 else f"{value:.1e} %"
 
 
 def number(value: float | None, digits: int = 3) -> str:

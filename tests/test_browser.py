@@ -229,6 +229,6 @@ def test_colours_follow_the_scheme(visit, svd_file):
 def test_a_merge_opens_and_does_not_overflow(visit, merge_file, width, scheme):
     page = visit(merge_file, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("svg.tree rect").count() == 14
+    assert page.locator("svg.tree rect").count() == 15
     assert page.locator(".plot .main-svg").first.is_visible()
     assert page.evaluate("document.getElementById('plot-coefficients-1').data[0].x")[0] == -2

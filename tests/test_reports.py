@@ -172,8 +172,9 @@ def test_a_merge_is_told_whole(dry_run):
     words = " ".join("".join(elements.words).split())
     tags = [tag for tag, _ in elements.found]
     assert tags.count("svg") == 1
-    assert tags.count("rect") == len(made.inputs) + len(made.steps)
-    assert tags.count("path") == sum(len(s.inputs) for s in made.steps)
+    adapters = sum(len(s.adapters) for s in made.steps)
+    assert tags.count("rect") == len(made.inputs) + len(made.steps) + adapters
+    assert tags.count("path") == sum(len(s.inputs) for s in made.steps) + adapters
     assert tags.count("script") == 3
     assert words.index(made.warnings[0]) < words.index("The merge tree")
     assert "add up to 5" in words.split("The merge tree")[0]
@@ -187,6 +188,14 @@ def test_a_step_says_what_it_multiplies_with():
     assert factors(steps[0]) == ("0.5", "0.5")
     assert factors(steps[-1]) == ("1", "3", "-3")
     assert factors(replace(steps[0], method="unheard of")) == ("", "")
+
+
+def test_a_broken_tree_is_refused():
+    found = to_json(merge_result())
+    for steps in ([99, None], [None], [0, None], [-1, None]):
+        found["steps"][0]["from_steps"] = steps
+        with pytest.raises(LineageError, match=r"steps\[0\]"):
+            build(found)
 
 
 def test_no_two_boxes_of_a_tree_overlap():
@@ -243,6 +252,7 @@ def test_blocks_are_in_model_order():
         (wording.percent, 0.0, "0 %"),
         (wording.percent, None, "unknown"),
         (wording.percent, 1e-7, "1.0e-05 %"),
+        (wording.percent, 9.8e-5, "0.0098 %"),
         (wording.number, 12.0, "12"),
         (wording.number, 1.2345, "1.23"),
         (wording.size, 2132625432, "2.13 GB"),
