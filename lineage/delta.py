@@ -22,7 +22,7 @@ from lineage.errors import LineageError
 from lineage.keys import Param, match
 from lineage.layers import Facts, Seen, Sums, matrix_shape
 from lineage.results import LayerSpectrum, SvdResult, VectorDelta, provenance
-from lineage.rounding import Noise, edge
+from lineage.rounding import Noise
 from lineage.spectrum import SOLVERS, Spectrum, exact_float32, row_blocks, solve_factors, solve_full, squared_norms
 
 MODULE_COMPONENTS = {
@@ -273,11 +273,9 @@ def _measure_group(group: list[Pair], base: Tensor, tuned: Tensor, noise: Noise,
 def _spectra(
     facts: list[Facts], base: Tensor, tuned: Tensor, delta: Tensor, noise: Noise, options: Options
 ) -> list[LayerSpectrum]:
-    simulated, energies = noise.simulate(base, tuned)
-    edges = edge(simulated).tolist()
-    del simulated
+    edges, energies = (x.tolist() for x in noise.edges(base, tuned))
     spectra = SOLVERS[options.solver](delta, options.rank, edges, options.tolerance)
-    rows = zip(facts, spectra, energies.tolist(), edges, strict=True)
+    rows = zip(facts, spectra, energies, edges, strict=True)
     return [f.layer(s, Seen.through(s, energy, e), options.ks) for f, s, energy, e in rows]
 
 

@@ -179,12 +179,20 @@ def gram_error(a: Tensor, g: Tensor, columns: int = 512) -> Tensor:
     return (product(g.double(), z) - image).square().sum((-1, -2)).div(PROBES).sqrt()
 
 
+def _eigenvalues(g: Tensor) -> Tensor:
+    """Ascending; LAPACK's float32 routine gives up on a few near-empty matrices that its float64 one solves."""
+    try:
+        return torch.linalg.eigvalsh(g)
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return torch.linalg.eigvalsh(g.double())
+
+
 def solve_gram(a: Tensor, dtype: torch.dtype = torch.float32) -> list[Spectrum]:
     """All singular values through the Gram matrix of the short side: good to s / s_1 = 3e-4 (float32), 1e-7."""
     wide = _wide(a)
     g = gram(wide, dtype)
     errors = gram_error(wide, g).tolist() if dtype is torch.float32 else (squared_norms(a) * 1e-15).tolist()
-    values = torch.linalg.eigvalsh(g).flip(-1).double().clamp_min(0).sqrt().cpu()
+    values = _eigenvalues(g).flip(-1).double().clamp_min(0).sqrt().cpu()
     name = "gram32" if dtype is torch.float32 else "gram64"
     totals = squared_norms(a).tolist()
     shape = (a.shape[-2], a.shape[-1])

@@ -48,6 +48,25 @@ def test_edge_is_the_largest_singular_value_of_the_noise(shape, scales):
     assert float(edge(noise)) == pytest.approx(float(truth), rel=0.01)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_edge_covers_rounding_that_a_few_entries_dominate(seed):
+    """Heavy-tailed weights: the error of the largest entries exceeds all others together."""
+    g = torch.Generator().manual_seed(seed)
+    chi = torch.randn(3, 96, 200, generator=g).square().sum(0).sqrt()
+    exact = (0.05 * torch.randn(96, 200, generator=g) / chi).double()
+    exact[3, 5] = 40.0 + seed
+    base, tuned = exact.half(), (exact + 1e-3 * torch.randn(96, 200, generator=g)).half()
+    edges, energy = Noise(torch.device("cpu"), 10**6).edges(base[None], tuned[None])
+    assert float(edges) > 0.7 * 2**-5  # the largest entry has ulp 2^-5, and is rounded in both
+    assert torch.equal(energy, Noise(torch.device("cpu"), 10**6).simulate(base[None], tuned[None])[1])
+
+
+def test_weights_without_outliers_have_the_plain_edge():
+    w = (0.02 * torch.rand(1, 400, 400, generator=torch.Generator().manual_seed(5))).bfloat16()
+    noise = Noise(torch.device("cpu"), 10**6)
+    assert torch.equal(noise.edges(w, w)[0], edge(noise.simulate(w, w)[0]))
+
+
 def test_the_edge_scales_with_the_weights():
     w = (0.02 * torch.randn(1, 100, 200)).bfloat16()
     noise = Noise(torch.device("cpu"), 10**6)
