@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -45,13 +46,19 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def layout(self) -> str:
-        """ldm, diffusers, hf or other; see keys.layout_of."""
-        return layout_of(self.raw.specs)
+        """ldm, diffusers, hf or other; see keys.layout_of. A folder with a transformers config is hf."""
+        return "hf" if self._model_type else layout_of(self.raw.specs)
 
     @property
     def architecture(self) -> str:
-        """sd1, sd2, sdxl, sdxl-refiner, vae, clip or unknown."""
-        return architecture_of(self.specs)
+        """sd1, sd2, sdxl, sdxl-refiner, sd3, flux, controlnet, vae, clip; the model_type of a transformers config;
+        or unknown."""
+        found = architecture_of(self.specs)
+        return self._model_type or found if found == "unknown" else found
+
+    @property
+    def _model_type(self) -> str:
+        return str(_json(self.path / "config.json").get("model_type") or "") if self.path.is_dir() else ""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -97,18 +104,32 @@ class Checkpoint(Mapping[str, Tensor]):
 def _said_beside(path: Path) -> str | None:
     """Prediction type from a diffusers scheduler config, or from `parameterization` in a yaml beside a file."""
     scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        return str(_json(scheduler).get("prediction_type", "epsilon"))
     yaml = path.with_suffix(".yaml")
-    try:
-        if scheduler.is_file():
-            found = json.loads(scheduler.read_text(encoding="utf-8"))
-            return str(found.get("prediction_type", "epsilon")) if isinstance(found, dict) else None
-        if path.is_file() and yaml.is_file() and yaml.stat().st_size < 2**20:
-            lines = (line.partition(":") for line in yaml.read_text(encoding="utf-8", errors="replace").splitlines())
-            values = (value.strip(" \"'") for key, _, value in lines if key.strip() == "parameterization")
-            return next(values, "epsilon")
-    except (OSError, ValueError, RecursionError):
+    if not path.is_file() or not yaml.is_file():
         return None
-    return None
+    lines = (line.partition(":") for line in _text(yaml).splitlines())
+    values = (value.strip(" \"'") for key, _, value in lines if key.strip() == "parameterization")
+    return next(values, "epsilon")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A small JSON object; empty where there is none that can be read."""
+    try:
+        found = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    """A small text file; empty where there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            return f.read(2**20)
+    except OSError:
+        return ""
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -48,6 +48,7 @@ _BARE = (
     ({"text_model"}, ("text_encoder", "clip")),
     ({"transformer", "ln_final", "token_embedding"}, ("text_encoder", "open_clip")),
 )
+_OTHER_MODELS = {".joint_blocks.": "sd3", "double_blocks.": "flux", "control_model.": "controlnet"}
 _NO_TEXT_ENCODER = {"vision_model", "visual"}
 
 
@@ -133,15 +134,26 @@ def _unused(param: Param, params: Mapping[str, Param]) -> str:
 
 
 def architecture_of(specs: Mapping[str, Param]) -> str:
-    """sd1, sd2, sdxl, sdxl-refiner, vae, clip or unknown, from names and shapes."""
+    """sd1, sd2, sdxl, sdxl-refiner, sd3, flux, controlnet, vae, clip or unknown, from names and shapes."""
+    marked = next((kind for mark, kind in _OTHER_MODELS.items() if any(mark in n for n in specs)), None)
+    if marked:
+        return marked
     components = {p.component for p in specs.values()}
     if "unet" in components:
-        context = next((p for n, p in specs.items() if n.endswith("attn2.to_k.weight")), None)
-        if any(n.startswith("unet.add_embedding.") for n in specs):
-            return "sdxl" if "text_encoder" in components or not context or context.shape[1] != 1280 else "sdxl-refiner"
-        projection = next((p for n, p in specs.items() if n.endswith("attentions.0.proj_in.weight")), None)
-        return "sd2" if projection is not None and len(projection.shape) == 2 else "sd1"
+        return _stable_diffusion(specs, components)
     return "vae" if "vae" in components else "clip" if "text_encoder" in components else "unknown"
+
+
+def _stable_diffusion(specs: Mapping[str, Param], components: set[str]) -> str:
+    """By structure, not width, so that miniatures are told apart too; widths only where a UNet is alone."""
+    if any(n.startswith("unet.add_embedding.") for n in specs):
+        context = next((p for n, p in specs.items() if n.endswith("attn2.to_k.weight")), None)
+        refiner = context is not None and context.shape[1:] == (1280,)
+        return "sdxl-refiner" if refiner and "text_encoder" not in components else "sdxl"
+    projection = next((p for n, p in specs.items() if n.endswith("attentions.0.proj_in.weight")), None)
+    if not any(n.startswith("unet.conv_in.") for n in specs):
+        return "unknown"
+    return "sd2" if projection is not None and len(projection.shape) == 2 else "sd1"
 
 
 def match(

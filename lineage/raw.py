@@ -7,26 +7,20 @@ file cannot leave its folder.
 from __future__ import annotations
 
 import json
-import math
-import pickle
 import struct
-import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import numpy as np
 import torch
-from numpy._core.multiarray import scalar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lineage.errors import FileError
+from lineage.stored import DAMAGED, Raw, Spec
+from lineage.torchfile import LEGACY, ZIP, TorchFile
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MAX_HEADER = 100_000_000
-DAMAGED = "The file is damaged or incomplete: get it anew."
 
 _DTYPES = {
     "F64": torch.float64,
@@ -46,44 +40,8 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_PICKLE_FAULTS = (
-    *(RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError, OSError),
-    *(MemoryError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile, ImportError, RecursionError),
-)
 _COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One stored tensor. offset: of its first byte in the file, None where the bytes do not lie there in the open."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int | None = None
-
-
-class Raw(Mapping[str, Tensor]):
-    """Stored name -> tensor, over one file or several; specs from headers; order by file and offset."""
-
-    specs: dict[str, Spec]
-    metadata: dict[str, str]
-
-    @property
-    def order(self) -> list[str]:
-        """Names in the order of their bytes."""
-        return list(self.specs)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-    def close(self) -> None:
-        """Let go of the file."""
 
 
 class SafetensorsRaw(Raw):
@@ -126,21 +84,6 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         return json.loads(f.read(min(length, MAX_HEADER))), 8 + length
 
 
-class Tensors(Raw):
-    """Tensors that lie in memory or are mapped from a pickle's storages."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self._tensors = tensors
-        self.metadata = {}
-        self.specs = {n: Spec(n, t.dtype, tuple(t.shape), t.numel() * t.itemsize) for n, t in tensors.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def close(self) -> None:
-        self._tensors = {}
-
-
 class Joined(Raw):
     """Several files as one; names get their part's prefix."""
 
@@ -171,11 +114,23 @@ def open_parts(path: Path) -> Raw:
         return _open_folder(path)
     if is_index(path):
         return _open_index(path)
-    if path.suffix.lower() == ".safetensors":
-        return SafetensorsRaw(path)
-    if path.suffix.lower() in PICKLES:
-        return Tensors(load_pickle(path))
-    raise FileError(path, "is no model file.", f"Known are .safetensors, *.index.json, {', '.join(PICKLES)}, folders.")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Raw:
+    """By its first bytes; a wrong ending (a .ckpt that is a .safetensors) does no harm."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(9)
+        if head.startswith(ZIP) or (head.startswith(LEGACY) and head[8:] != b"{"):
+            return TorchFile(path)
+        if head[8:] == b"{" or path.suffix.lower() == ".safetensors":
+            return SafetensorsRaw(path)
+    except OSError as e:
+        raise FileError(path, f"cannot be read ({e.strerror or e}).", "Is it there, and yours to read?") from e
+    known = f"Known are .safetensors, *.index.json, {', '.join(PICKLES)} and folders."
+    advice = DAMAGED if path.suffix.lower() in PICKLES else known
+    raise FileError(path, "is no model file.", advice)
 
 
 def _open_index(path: Path) -> Raw:
@@ -191,6 +146,8 @@ def _open_index(path: Path) -> Raw:
         shard = path.parent / file
         if not shard.is_file():
             raise FileError(path, f"names the shard {file!r}, which is not there.", "Download it too.")
+        if not _lies_inside(shard, path.parent):
+            raise FileError(path, f"names the shard {file!r}, a link out of its folder.", "Do not trust this file.")
         if is_index(shard):
             raise FileError(path, f"names the index {file!r} as a shard.", "Do not trust this file.")
         shards.append(shard)
@@ -208,6 +165,13 @@ def stays_inside(name: str) -> bool:
     return bool(name) and "\0" not in name and all(not p.anchor and ".." not in p.parts for p in kinds)
 
 
+def _lies_inside(shard: Path, folder: Path) -> bool:
+    """Whether a file, all links followed, is in `folder`; the hub's cache may link from snapshots to its blobs."""
+    caches = (p.parent / "blobs" for p in folder.absolute().parents if p.name == "snapshots")
+    real = shard.resolve()
+    return any(real.is_relative_to(home.resolve()) for home in (folder, *caches))
+
+
 def _joined(path: Path, files: list[tuple[str, Path]]) -> Raw:
     opened: list[tuple[str, Raw]] = []
     try:
@@ -221,8 +185,9 @@ def _joined(path: Path, files: list[tuple[str, Path]]) -> Raw:
 
 
 def _open_folder(path: Path) -> Raw:
-    parts = [(f"{name}.", file) for name in _COMPONENTS if (file := _weights(path / name))]
     file = _weights(path)
+    folders = sorted((p.name for p in path.iterdir() if p.is_dir()), key=lambda n: (n not in _COMPONENTS, n))
+    parts = [(f"{name}.", found) for name in folders if not file and (found := _weights(path / name))]
     if not parts and not file:
         raise FileError(path, "holds no weights of diffusers or transformers.", "Give a model's folder or file.")
     return _joined(path, parts or ([("", file)] if file else []))
@@ -234,81 +199,3 @@ def _weights(folder: Path) -> Path | None:
     kinds += ("bin", "fp16.bin", "bin.index.json")
     files = (folder / f"{stem}.{kind}" for kind in kinds for stem in _STEMS)
     return next((file for file in files if file.is_file()), None)
-
-
-class _Inert:
-    """Stands for a training framework's class that a checkpoint mentions: holds nothing, does nothing."""
-
-    def __setstate__(self, state: object) -> None:
-        """Take no state."""
-
-
-_INERT = [
-    (_Inert, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-        "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    )
-]
-_NUMBERS = [
-    *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u1", "?")),
-]
-
-
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped where it is an uncompressed zip; no code in it is run.
-
-    Tensors under "state_dict" or "model" are taken out of there."""
-    zipped = zipfile.is_zipfile(path)
-    try:
-        if zipped:
-            _check_zip(path)
-        with torch.serialization.safe_globals([*_INERT, *_NUMBERS]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except _PICKLE_FAULTS as e:
-        raise _refusal(path, e) from e
-    return _tensors(path, found)
-
-
-def _check_zip(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
-                raise FileError(path, f"{member.filename!r} is compressed or lies about its size.", DAMAGED)
-
-
-def _refusal(path: Path, error: BaseException) -> FileError:
-    text = str(error)
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except _PICKLE_FAULTS:
-        unsafe = []
-    if not unsafe and "GLOBAL" in text:
-        unsafe = [text.split("GLOBAL ", 1)[1].split(" ")[0]]
-    if unsafe:
-        return FileError(
-            path,
-            f"is a pickle that wants to run {', '.join(map(repr, unsafe[:5]))}, and is refused.",
-            "Get the .safetensors version, or convert it on a machine you can lose.",
-        )
-    first = text.splitlines()[0][:200] if text else type(error).__name__
-    return FileError(path, f"cannot be read as a pickle of tensors ({first}).", DAMAGED)
-
-
-def _tensors(path: Path, found: object) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
-        raise FileError(path, f"holds a {type(found).__name__}, not a dict of tensors.", "It is no model.")
-    tensors = {k: t.detach() for k, t in found.items() if isinstance(k, str) and isinstance(t, Tensor)}
-    if not tensors:
-        raise FileError(path, "holds no tensors under names.", "It is no model.")
-    for name, t in tensors.items():
-        plain = t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
-        if not plain or math.prod(t.shape) * t.itemsize > t.untyped_storage().nbytes():
-            raise FileError(path, f"{name!r} claims more entries than are stored, or is no plain tensor.", DAMAGED)
-    return dict(sorted(tensors.items(), key=lambda item: item[1].data_ptr()))
