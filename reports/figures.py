@@ -144,7 +144,15 @@ def _line(place: Figure, colour: str, dash: str) -> Figure:
 def relative_bars(blocks: list[tuple[str, Group]]) -> Figure:
     """||D||_F / ||W||_F per block, first block on top. `blocks` in display order."""
     bar = _bars(blocks, [g.relative for _, g in blocks], "@accent", "%{customdata}: changed by %{x:.2%}<extra></extra>")
-    return {"data": [bar], "layout": _bar_layout(blocks, {"tickformat": ".1%", "rangemode": "tozero"})}
+    layout = _bar_layout(blocks, {"tickformat": ".1%", "rangemode": "tozero"})
+    if all(g.relative is None for _, g in blocks):
+        layout["annotations"] = [_note("Unknown: no base weights to compare with")]
+    return {"data": [bar], "layout": layout}
+
+
+def _note(words: str) -> Figure:
+    place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "showarrow": False}
+    return {"text": words, "font": {"color": "@muted", "size": 13}, **place}
 
 
 def energy_bars(blocks: list[tuple[str, Group]], k: int) -> Figure:

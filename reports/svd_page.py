@@ -203,7 +203,7 @@ def _table_panel(k: int) -> Safe:
         "k₉₀: ranks that hold 90 % of the energy. Noise: share of the raw energy that rounding alone explains. "
         "≥ n: surely n or more, the solver stopped looking there. "
         "“below precision”: the change is smaller than what the file's number format can resolve. "
-        "“unknown”: this solver cannot know it."
+        "“unknown”: this solver cannot know it, or there is no base to compare with."
     )
     scroll = h("div", table, class_="scroll", tabindex="0", role="region", aria_label="Table of layers")
     return panel(bar, scroll, h("p", words, class_="note"))

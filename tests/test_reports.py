@@ -239,6 +239,18 @@ def test_unknown_numbers_stay_unknown(result):
         assert rows["values"][at] == pytest.approx(layer.singular_values, rel=1e-3)
 
 
+def test_without_a_base_the_change_is_unknown():
+    found = to_json(svd_result(limit=3, hostile=False))
+    found["summary"]["relative"], found["base"] = None, ""
+    for group in found["summary"]["blocks"].values():
+        group["relative"] = None
+    for layer in found["layers"]:
+        layer["relative"] = None
+    page = build(found)
+    assert page.count("no base weights to compare with") == 2
+    assert '"relative":[null,null,null]' in page
+
+
 def test_blocks_are_in_model_order():
     names = ["OUT2", "IN10", "IN2", "TIME", "M00"]
     assert sorted(names, key=natural) == ["IN2", "IN10", "M00", "OUT2", "TIME"]
