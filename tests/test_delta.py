@@ -171,3 +171,46 @@ def test_records_hold_what_was_measured(pair):
     assert inputs["base"]["path"] == "base.safetensors"
     assert len(inputs["tuned"]["sha256"]) == 64
     assert asdict(result)["kind"] == "svd"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """(base file, LoRA file, its exact delta): a rank-3 LoRA with alpha 6 on one matrix of a bare UNet."""
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    up, down = torch.randn(120, 3, generator=G), torch.randn(3, 90, generator=G)
+    base = {
+        "unet.down_blocks.0.attentions.0.proj_in.weight": torch.randn(120, 90, generator=G),
+        "unet.mid_block.resnets.0.conv1.bias": torch.zeros(4),
+    }
+    factors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(6.0)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(factors, tmp_path / "lora.safetensors")
+    return tmp_path / "base.safetensors", tmp_path / "lora.safetensors", base, up @ down * 6 / 3
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_an_adapter_is_measured_from_its_factors(adapter, with_base):
+    base_file, lora, base, delta = adapter
+    result = lineage.svd(base_file if with_base else None, lora)
+    (layer,) = result.layers
+    s = torch.linalg.svdvals(delta.double())
+    assert layer.solver == "factors"
+    assert layer.component == "unet"
+    assert (layer.signal_rank, layer.k_99) == (3, 3)
+    assert layer.frobenius == pytest.approx(float(delta.norm()), rel=1e-6)
+    assert layer.singular_values[:3] == pytest.approx(s[:3].tolist(), rel=1e-5)
+    weight = base["unet.down_blocks.0.attentions.0.proj_in.weight"]
+    assert layer.relative == (pytest.approx(float(delta.norm() / weight.norm()), rel=1e-5) if with_base else None)
+
+
+def test_an_untrained_adapter_changes_nothing(adapter, tmp_path):
+    module = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    zero = {f"{module}.lora_up.weight": torch.zeros(120, 3), f"{module}.lora_down.weight": torch.randn(3, 90)}
+    save_file(zero, tmp_path / "zero.safetensors")
+    (layer,) = lineage.svd(adapter[0], tmp_path / "zero.safetensors").layers
+    assert (layer.frobenius, layer.signal_rank, layer.signal_rank_at_least, layer.k_99) == (0, 0, 0, 0)
+
+
+def test_a_whole_model_needs_its_base(pair):
+    with pytest.raises(LineageError, match="base is needed"):
+        lineage.svd(None, pair[1])
