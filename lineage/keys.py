@@ -119,7 +119,9 @@ def canonical(stored: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Para
         if name not in taken:
             shape, dtype = stored[name]
             block = "" if sections else numbered_prefix(name)
-            params[name] = Param(name, name, shape, dtype, component, block, role_of(name, shape))
+            plain = Param(name, name, shape, dtype, component, block, role_of(name, shape))
+            own = _unused(plain, params)
+            params[own] = replace(plain, name=own)
     order = {name: i for i, name in enumerate(stored)}
     return dict(sorted(params.items(), key=lambda item: (order[item[1].stored], item[1].part)))
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 MAX_PICKLE = 16 * 2**20  # bytes; that of SDXL has 0.4 MB
-_MAX_ITEMS = 10_000_000  # copied in all, so that a short pickle cannot ask for the same long list for ever
+_MAX_ITEMS = 200_000  # copied in all, so that a short pickle cannot ask for the same long list for ever
 _MAX_DIMENSIONS = 32
 _MAX_ARGUMENTS = 16
 _FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError)
@@ -139,10 +139,8 @@ def _pair(item: Any) -> tuple[Any, Any]:
 
 
 def _key(key: Any) -> Any:
-    """Only plain keys: the hash of a deeply nested tuple would exhaust the stack."""
-    if isinstance(key, str | int | bytes | float | None):
-        return key
-    raise ValueError("a dict with keys that are no names")
+    """Keys that name nothing become one inert key: the hash of a deeply nested tuple would exhaust the stack."""
+    return key if isinstance(key, str | int | bytes | float | Inert | None) else Inert("key")
 
 
 _CONSTRUCTORS: dict[str, Callable[..., Any]] = {

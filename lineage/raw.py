@@ -151,6 +151,8 @@ def _open_index(path: Path) -> Raw:
         if is_index(shard):
             raise FileError(path, f"names the index {file!r} as a shard.", "Do not trust this file.")
         shards.append(shard)
+    if not shards:
+        raise FileError(path, "names no shards.", DAMAGED)
     return _joined(path, [("", shard) for shard in shards])
 
 
