@@ -12,7 +12,6 @@ from lineage.spectrum import fast_dtype, product, row_blocks, squared_norms
 
 SPIKE = 0.25  # of the edge: an entry whose error can reach it may stand out of the noise on its own
 SPIKE_SIZE = 0.8  # of that error at its largest; two errors of one size exceed it together in 4 of 100 draws
-EDGE_MARGIN = 1.02  # above the largest singular value of one simulated noise matrix
 KRYLOV_BLOCK, KRYLOV_DEPTH = 16, 8
 
 _MASKS = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80)}
@@ -90,12 +89,18 @@ def _harden(noise: Tensor, base: Tensor, tuned: Tensor, found: float) -> None:
         noise[rows] = torch.where(worst > SPIKE * found, raised, drawn).to(noise.dtype)
 
 
+def margin(shape: tuple[int, ...]) -> float:
+    """By how much the edge exceeds one draw's largest singular value: 1 % for the solver, and three standard deviations
+    of the difference of two draws, each 0.4 n^(-2/3) at short side n (Johnstone 2001, for square white noise)."""
+    return 1.01 + 1.7 * min(shape[-2:]) ** (-2 / 3)
+
+
 def edge(noise: Tensor) -> Tensor:
-    """1.02 x the largest singular value of each simulated noise matrix (b, m, n): (b,) float64.
+    """`margin` x the largest singular value of each simulated noise matrix (b, m, n): (b,) float64.
 
     Block Krylov (Musco & Musco 2015), products in the noise's dtype: at most 0.3 % low on the flat spectra of noise."""
     if min(noise.shape[-2:]) <= KRYLOV_BLOCK * KRYLOV_DEPTH:
-        return EDGE_MARGIN * torch.linalg.svdvals(noise.float())[..., 0].double()
+        return margin(noise.shape) * torch.linalg.svdvals(noise.float())[..., 0].double()
     wide = noise if noise.shape[-2] <= noise.shape[-1] else noise.mT
     block = torch.randn(wide.shape[-2], KRYLOV_BLOCK, generator=torch.Generator().manual_seed(3)).to(wide.device)
     basis = torch.linalg.qr(block).Q.expand(len(wide), -1, -1)
@@ -105,7 +110,7 @@ def edge(noise: Tensor) -> Tensor:
             block = block - product(basis, product(basis.mT, block))
         basis = torch.cat([basis, torch.linalg.qr(block).Q], -1)
     image = product(basis.mT.to(wide.dtype), wide).float()
-    return EDGE_MARGIN * torch.linalg.eigvalsh(product(image, image.mT).double())[..., -1].clamp_min(0).sqrt()
+    return margin(noise.shape) * torch.linalg.eigvalsh(product(image, image.mT).double())[..., -1].clamp_min(0).sqrt()
 
 
 def clean(singular_values: Tensor, noise_energy: float, shape: tuple[int, int], rank: int) -> Tensor:

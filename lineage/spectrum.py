@@ -25,6 +25,7 @@ OVERSAMPLE = 16
 PROBES = 8
 CACHE_ENTRIES = 2**18
 POWER_STEPS = 3
+BLUR = 3.0  # up to this multiple of a Gram matrix's floor its values are inflated by 5 % or more
 RESOLVED = 1.5  # a singular value below this multiple of the rounding edge cannot be told from one that is missing
 
 
@@ -295,7 +296,7 @@ def _gram_resolves(s: Spectrum | None, edge: float, rank: int, tolerance: float)
     """A float32 Gram matrix will do: the interval is narrow, no value that matters lies under the solver's floor."""
     assert s is not None
     interval = s.energy(rank)
-    blurred = float(s.singular_values[-1]) < s.floor() and edge < s.floor()
+    blurred = max(float(s.singular_values[-1]), edge) < BLUR * s.floor()
     return s.solver == "gram64" or (interval.high - interval.low <= tolerance and not blurred)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lineage.rounding import EDGE_MARGIN, Noise, binade, clean, edge
+from lineage.rounding import Noise, binade, clean, edge, margin
 
 HALVES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -44,7 +44,7 @@ def test_edge_is_the_largest_singular_value_of_the_noise(shape, scales):
     rows = torch.exp(scales * torch.randn(shape[0], 1, generator=g))
     w = (0.02 * rows * torch.randn(*shape, generator=g)).half()[None]
     noise, _ = Noise(torch.device("cpu"), 10**6).simulate(w, w)
-    truth = EDGE_MARGIN * torch.linalg.svdvals(noise[0].double())[0]
+    truth = margin(shape) * torch.linalg.svdvals(noise[0].double())[0]
     assert float(edge(noise)) == pytest.approx(float(truth), rel=0.01)
 
 

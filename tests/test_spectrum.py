@@ -190,3 +190,28 @@ def test_gaussian_null_is_what_gaussian_matrices_have(shape):
     assert gaussian_energy(shape, 64) == pytest.approx(drawn, abs=0.01)
     assert gaussian_energy(shape, min(shape)) == 1
     assert math.isclose(gaussian_energy(shape, 64), gaussian_energy(shape[::-1], 64))
+
+
+@pytest.mark.parametrize("shape", [(96, 864), (160, 320)])
+def test_auto_does_not_lift_noise_over_an_edge_near_the_floor_of_a_float32_gram(shape):
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(shape, generator=g, dtype=torch.float64)
+    u, v = (torch.nn.functional.normalize(torch.randn(n, generator=g, dtype=torch.float64), dim=0) for n in shape)
+    a = (2400 * torch.outer(u, v) + 0.95 * noise / torch.linalg.matrix_norm(noise, 2)).float()
+    assert int((solve_gram(a[None])[0].singular_values > 1).sum()) > 1  # why auto must not stop there
+    (found,) = solve_auto(a[None], 64, [1.0], 1e-3)
+    assert int((found.singular_values > 1).sum()) == 1
+
+
+def test_a_gram_that_float32_lapack_gives_up_on_is_solved_in_float64(monkeypatch):
+    solve = torch.linalg.eigvalsh
+
+    def give_up(g):
+        if g.dtype is torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")  # pyright: ignore[reportPrivateImportUsage]
+        return solve(g)
+
+    a = torch.randn(1, 20, 30, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch.linalg, "eigvalsh", give_up)
+    (found,) = solve_gram(a)
+    torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(a[0].double()), rtol=1e-4, atol=1e-4)
