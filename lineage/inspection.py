@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lineage.adapters import is_adapter, kind_of
@@ -13,6 +13,7 @@ from lineage.keys import Param
 from lineage.raw import Spec
 from lineage.results import ComponentFacts, InspectResult, provenance
 
+PREFIXED = ("unet", "vae", "text_encoder", "text_encoder_2")
 RECORDS = ("sd_merge_recipe", "sd_merge_models", "mecha_recipe")
 RECORD_PREFIXES = ("modelspec.", "ss_", "sshs_")
 
@@ -23,12 +24,12 @@ def inspect(path: str | os.PathLike) -> InspectResult:
     Tensors are not read, except for the hashes of a single file. FileError where it cannot be read."""
     path = Path(path)
     with open_checkpoint(path) as checkpoint:
-        file = path.is_file()
+        file, adapter = path.is_file(), is_adapter(path)
         return InspectResult(
             provenance("inspect", {"file": {"path": path.name}}),
             name=path.name,
-            layout="adapter" if is_adapter(path) else checkpoint.layout,
-            architecture=f"adapter: {kind_of(checkpoint.raw)}" if is_adapter(path) else checkpoint.architecture,
+            layout="adapter" if adapter else checkpoint.layout,
+            architecture=f"adapter:{kind_of(checkpoint.raw)}" if adapter else checkpoint.architecture,
             prediction_type=checkpoint.prediction_type,
             zero_terminal_snr=checkpoint.zero_terminal_snr,
             bytes=sum(f.stat().st_size for f in ([path] if file else path.rglob("*")) if f.is_file()),
@@ -40,6 +41,7 @@ def inspect(path: str | os.PathLike) -> InspectResult:
             dtypes=_dtypes(checkpoint.raw.specs.values()),
             metadata=checkpoint.metadata,
             records=_records(checkpoint.metadata),
+            notes=tuple(_notes(checkpoint)),
         )
 
 
@@ -55,6 +57,21 @@ def _components(checkpoint: Checkpoint) -> dict[str, ComponentFacts]:
         ema = [checkpoint.raw.specs[name] for name in checkpoint.ema]
         found["ema"] = ComponentFacts(len(ema), sum(s.nbytes // s.dtype.itemsize for s in ema), _dtypes(ema))
     return found
+
+
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """What a user of the file should know and the other fields do not say."""
+    first = checkpoint.specs.get("unet.conv_in.weight")
+    special = {8: "an edit (pix2pix) model", 9: "an inpainting model"}
+    if first and len(first.shape) == 4 and first.shape[1] in special:
+        yield f"The UNet has {first.shape[1]} input channels: {special[first.shape[1]]}."
+    if checkpoint.ema:
+        yield f"{len(checkpoint.ema)} tensors are EMA copies: left out of analysis, kept by merges."
+    if any(p.stored.startswith("cond_stage_model.model.") for p in checkpoint.specs.values()):
+        yield "The text encoder is OpenCLIP in one file: SD2 does not use its last layer, diffusers drops it."
+    renamed = [n for n, p in checkpoint.specs.items() if n == p.stored and p.component in PREFIXED]
+    if checkpoint.layout == "ldm" and renamed:
+        yield f"{len(renamed)} tensors are there twice under old and new names, such as {renamed[0][:200]!r}."
 
 
 def _dtypes(specs: Iterable[Spec | Param]) -> dict[str, int]:

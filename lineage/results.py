@@ -198,6 +198,7 @@ class InspectResult:
     dtypes: dict[str, int]
     metadata: dict[str, str]
     records: dict[str, Any]
+    notes: tuple[str, ...] = ()
     kind: str = "inspect"
 
 
