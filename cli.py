@@ -303,7 +303,7 @@ def report(run: Run, result: Path) -> None:
 def demo(run: Run, seed: int, show: bool) -> None:
     """Make a miniature model and a fine-tune of it, draw samples, and measure how far apart they are.
 
-    The folder is its own: the same call continues or says that it is done.
+    The folder is its own: the same call continues, or says that it is done.
     """
     assert run.folder is not None
     with extras("demo"), run.progress() as progress:
@@ -311,9 +311,10 @@ def demo(run: Run, seed: int, show: bool) -> None:
 
         made = world.demo(run.folder, seed=seed, progress=progress)
     replace(run, folder=made.folder / "svd", force=True).finish(made.svd)
-    run.say(f"Models: {made.base}, {made.tuned}\nSamples of both: {made.samples}\nCredits: {made.credits}")
+    page = made.folder / "svd" / "report.html"
+    run.say(f"Models: {made.base}, {made.tuned}\nTheir pictures: {made.samples}\nThe page: {page}")
     if show:
-        click.launch(str(made.folder / "svd" / "report.html"))
+        click.launch(str(page))
 
 
 @cli.command()

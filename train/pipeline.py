@@ -9,16 +9,21 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 from lineage.errors import MissingExtra
+from lineage.keys import to_ldm
+from lineage.writer import SafetensorsWriter, Target, TensorSpec
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
 Pipeline: TypeAlias = Any
 """diffusers' StableDiffusionPipeline, whose own annotations make every part of it optional."""
@@ -44,7 +49,6 @@ class Size:
 def build(size: Size, tokenizer: Path, seed: int) -> Pipeline:
     """A pipeline with random weights that depend on `seed` alone; `tokenizer`: a folder as `write_tokenizer` makes."""
     import diffusers
-    import torch
     import transformers
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
@@ -191,8 +195,6 @@ def sample(
     pipeline: Pipeline, prompts: Sequence[str], seed: int, steps: int = 25, guidance: float = 3.0
 ) -> list[Image.Image]:
     """One picture per prompt; prompt i starts from the noise of seed + i, whatever the model."""
-    import torch
-
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with torch.no_grad():
         found = pipeline(list(prompts), num_inference_steps=steps, guidance_scale=guidance, generator=noise)
@@ -206,3 +208,52 @@ def write_config(pipeline: Pipeline, folder: Path) -> None:
         getattr(pipeline, name).save_config(folder / name)
     pipeline.text_encoder.config.save_pretrained(folder / "text_encoder")
     pipeline.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load(file: Path) -> Pipeline:
+    """A single file in float32, through diffusers' own loader; `write_config` filled the folder `config` beside it."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    with _quiet_diffusers():
+        found = StableDiffusionPipeline.from_single_file(
+            str(file), config=str(file.parent / "config"), local_files_only=True, torch_dtype=torch.float32
+        )
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """No bar for five small parts, and no warning of the absent safety checker at each load."""
+    from diffusers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def save(pipeline: Pipeline, file: Path, metadata: Mapping[str, str]) -> None:
+    """One LDM single file in fp16, as models are passed around."""
+    states = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder, "vae": pipeline.vae}
+    tensors = to_ldm({name: module.state_dict() for name, module in states.items()})
+    halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    more = {"format": "pt", "modelspec.architecture": "stable-diffusion-v1", "modelspec.title": file.stem}
+    write_tensors(file, halves, {**more, **metadata})
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A .safetensors file, whole or not at all; its bytes depend on nothing else (safetensors shuffles metadata)."""
+    specs = [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    with Target(file) as target:
+        writer = SafetensorsWriter(target.file, specs, metadata)
+        for name in writer.order:
+            writer.put(name, tensors[name])
+        writer.finish(metadata)
+        target.sync()
+        target.commit()

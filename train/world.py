@@ -10,15 +10,15 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from lineage.errors import LineageError
 from lineage.results import SvdResult, write_files
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[int, int, str], None]
+NEEDED = ("diffusers", "transformers", "accelerate", "dicebear", "dicebear_styles", "resvg_py", "PIL")
 STAGE_KEY = "lineage_world_stage"
 
 
@@ -105,7 +106,7 @@ class DemoResult:
 def demo(folder: Path | str, *, seed: int = 0, progress: Progress | None = None, world: World = DEMO) -> DemoResult:
     """Make the demo's pair, draw samples of both, and measure their difference.
 
-    LineageError where `folder` holds something else; MissingExtra without the extra [train]."""
+    Raises as `build` does."""
     import lineage
 
     world = replace(world, seed=seed)
@@ -118,7 +119,11 @@ def demo(folder: Path | str, *, seed: int = 0, progress: Progress | None = None,
 
 
 def build(world: World, folder: Path | str, progress: Progress | None = None) -> Path:
-    """Make every model of `world` that `folder` does not hold yet; returns the folder."""
+    """Make every model of `world` that `folder` does not hold yet; returns the folder.
+
+    LineageError where it holds something else; ModuleNotFoundError, before anything is written, without the extra."""
+    for module in NEEDED:
+        import_module(module)
     folder = Path(folder)
     _claim(world, folder)
     write_files(folder, {"CREDITS.md": pictures.credits(world.styles)}, force=True)
@@ -166,7 +171,7 @@ def _autoencoder(world: World, folder: Path, report: _Count) -> dict[str, Tensor
         tuned = blank(world, folder)
         images = pixels(pictures.gallery(world.styles, world.pictures, world.seed))
         report.run(fit_autoencoder(tuned.vae, images, world.autoencoder, _seed(key)), "autoencoder")
-        _write(file, tuned.vae.state_dict(), key)
+        pipeline.write_tensors(file, tuned.vae.state_dict(), {STAGE_KEY: key})
     else:
         report.skip(world.autoencoder.steps, "autoencoder")
     return load_file(file)
@@ -180,10 +185,10 @@ def _model(world: World, model: Model, folder: Path, vae: dict[str, Tensor], rep
         tuned = blank(world, folder)
         tuned.vae.load_state_dict(vae)
     else:
-        tuned = load(folder / f"{model.parent}.safetensors")
+        tuned = pipeline.load(folder / f"{model.parent}.safetensors")
     shown = pictures.gallery(model.styles, world.pictures, world.seed)
     report.run(fit_denoiser(tuned, shown, model.plan, _seed(key)), model.name)
-    save_model(tuned, file, {STAGE_KEY: key})
+    pipeline.save(tuned, file, {STAGE_KEY: key})
 
 
 def blank(world: World, folder: Path) -> pipeline.Pipeline:
@@ -197,54 +202,14 @@ def blank(world: World, folder: Path) -> pipeline.Pipeline:
     return made
 
 
-def load(file: Path) -> pipeline.Pipeline:
-    """A model of a world in float32, through diffusers' own single-file loader and the world's configuration."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    with _quiet_diffusers():
-        found = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(file.parent / "config"), local_files_only=True, torch_dtype=torch.float32
-        )
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """No bar for five small parts, and no warning of the absent safety checker at each load."""
-    from diffusers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def save_model(tuned: pipeline.Pipeline, file: Path, metadata: dict[str, str]) -> None:
-    """One LDM single file in fp16, as models are passed around."""
-    from lineage.keys import to_ldm
-
-    states = {"unet": tuned.unet, "text_encoder": tuned.text_encoder, "vae": tuned.vae}
-    tensors = to_ldm({name: module.state_dict() for name, module in states.items()})
-    halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-    more = {"format": "pt", "modelspec.architecture": "stable-diffusion-v1", "modelspec.title": file.stem}
-    write_files(file.parent, {file.name: save(halves, {**more, **metadata})}, force=True)
-
-
-def _write(file: Path, tensors: dict[str, Tensor], key: str) -> None:
-    write_files(file.parent, {file.name: save(tensors, {"format": "pt", STAGE_KEY: key})}, force=True)
-
-
 def _kept(file: Path, key: str) -> bool:
     if not file.exists():
         return False
-    with safe_open(file, "pt") as found:
-        return (found.metadata() or {}).get(STAGE_KEY) == key
+    try:
+        with safe_open(file, "pt") as found:
+            return (found.metadata() or {}).get(STAGE_KEY) == key
+    except SafetensorError:
+        return False
 
 
 def stage_key(world: World, model: Model | None) -> str:
@@ -266,7 +231,7 @@ def draw_samples(world: World, folder: Path) -> bytes:
     """PNG: the same prompts and noise by every model of the world, and what the style itself draws of those traits."""
     from train.sample import grid
 
-    cells = [pipeline.sample(load(folder / model.file), PROMPTS, world.seed) for model in world.models]
+    cells = [pipeline.sample(pipeline.load(folder / model.file), PROMPTS, world.seed) for model in world.models]
     names = [model.name for model in world.models] + ["the style itself"]
     sheet = io.BytesIO()
     grid(names, PROMPTS, [*cells, [_true(prompt) for prompt in PROMPTS]]).save(sheet, "PNG")

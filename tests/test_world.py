@@ -1,0 +1,231 @@
+"""Laws of the miniature world: pictures show their tags, runs repeat to the bit, files are what loaders expect."""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lineage
+from lineage.errors import LineageError
+from train import pictures, pipeline, world
+from train.fit import Plan, encode_latents, fit_autoencoder, pixels, rate, standardise
+from train.muon import orthogonal
+from train.pictures import STYLES
+
+SMALL = pipeline.Size(unet=(16, 24), vae=(8, 8, 8), text=16, text_layers=1, heads=2)
+BASE = Plan(steps=3, lr=1e-3, muon_lr=0.02, batch=2)
+TINY = world.World(
+    models=(
+        world.Model("base", ("micah", "dylan"), BASE),
+        world.Model("tuned", ("pixel-art",), Plan(steps=2, lr=1e-4, batch=2), parent="base"),
+    ),
+    autoencoder=BASE,
+    pictures=4,
+    size=SMALL,
+)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_caption_says_what_was_drawn(style: str):
+    for picture in pictures.gallery([style], 12, seed=3):
+        named, traits = pictures.read(picture.caption)
+        hidden = {"hair colour"} if picture.traits["hair"] == "bald" else set()
+        assert named == style
+        assert traits == {kind: tag for kind, tag in picture.traits.items() if tag and kind not in hidden}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_background_is_the_one_of_the_tag(style: str):
+    for picture in pictures.gallery([style], 6, seed=1):
+        corner = "#{:02x}{:02x}{:02x}".format(*np.asarray(picture.image)[0, 0])
+        assert corner == pictures.BACKGROUND[picture.traits["background"]]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_tag_shows(style: str):
+    first = {kind: next(iter(tagged)) for kind, tagged in STYLES[style].traits.items()}
+    for kind, tagged in STYLES[style].traits.items():
+        drawn = [pictures.draw(STYLES[style], first | {kind: tag}, "x").image.tobytes() for tag in tagged]
+        assert len(set(drawn)) == len(tagged), kind
+
+
+def test_pictures_repeat_and_parts_are_disjoint():
+    train, again, held_out = (
+        [p.image.tobytes() for p in pictures.gallery(["micah"], 8, seed=5, part=part)]
+        for part in ("train", "train", "test")
+    )
+    assert train == again
+    assert not set(train) & set(held_out)
+
+
+def test_an_unknown_tag_is_named():
+    with pytest.raises(LineageError, match="'three eyes'"):
+        pictures.read("by micah, three eyes")
+
+
+def test_only_allowed_licences_are_drawn_and_credited():
+    credits = pictures.credits(STYLES)
+    for style in STYLES:
+        found = pictures.licence(style)
+        assert found["licence"].startswith(("CC0", "CC BY 4", "MIT"))
+        assert f"| {style} | {found['work']} | {found['author']} | [{found['licence']}]" in credits
+    with pytest.raises(LineageError, match="only CC0, CC BY and MIT"):
+        pictures.licence("avataaars")
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (24, 24)])
+def test_orthogonal_draws_singular_values_to_one(shape: tuple[int, int]):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    s = torch.linalg.svdvals(orthogonal(g))
+    assert s.min() > 0.6
+    assert s.max() < 1.3
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(orthogonal(g).flatten(), (u @ vh).flatten(), 0) > 0.95
+    assert not orthogonal(torch.zeros(shape)).any()
+
+
+def test_rate_warms_up_and_ends_near_zero():
+    plan = Plan(steps=100, lr=1.0, warmup=10)
+    rates = [rate(n, plan) for n in range(1, 101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.build(TINY, tmp_path_factory.mktemp("world") / "w")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.*"))}
+
+
+def test_tokenizer_is_clips(folder: Path):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "config" / "tokenizer")
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_same_seed_same_files(folder: Path, tmp_path: Path):
+    assert hashes(world.build(TINY, tmp_path / "again")) == hashes(folder)
+
+
+def test_another_seed_another_world(folder: Path):
+    other = replace(TINY, seed=1)
+    keys = {world.stage_key(w, m) for w in (TINY, other) for m in (None, *TINY.models)}
+    assert len(keys) == 6
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_at(step: int) -> Callable[[int, int, str], None]:
+    calls = itertools.count(1)
+
+    def progress(done: int, total: int, label: str) -> None:
+        if next(calls) == step:
+            raise Stop
+
+    return progress
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_interrupted_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, step: int):
+    with pytest.raises(Stop):
+        world.build(TINY, tmp_path / "w", stopping_at(step))
+    assert hashes(tmp_path / "w") != hashes(folder)
+    assert hashes(world.build(TINY, tmp_path / "w")) == hashes(folder)
+
+
+def test_finished_stages_are_kept_and_steps_add_up(folder: Path):
+    before = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")}
+    seen: list[tuple[int, int]] = []
+    world.build(TINY, folder, lambda done, total, label: seen.append((done, total)))
+    assert seen[-1] == (8, 8)
+    assert {f.name: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")} == before
+
+
+def test_a_damaged_stage_is_made_again(folder: Path, tmp_path: Path):
+    made = world.build(TINY, tmp_path / "w")
+    (made / "tuned.safetensors").write_bytes(b"cut short")
+    assert hashes(world.build(TINY, made)) == hashes(folder)
+
+
+def test_another_world_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(LineageError, match="holds another world"):
+        world.build(replace(TINY, seed=1), folder)
+    (tmp_path / "diary.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(LineageError, match="not empty"):
+        world.build(TINY, tmp_path)
+
+
+def test_single_file_loads_in_diffusers_with_equal_values_and_samples(folder: Path, tmp_path: Path):
+    made = world.blank(TINY, folder)
+    for part in (made.unet, made.text_encoder, made.vae):
+        part.half().float()
+    pipeline.save(made, tmp_path / "model.safetensors", {})
+    shutil.copytree(folder / "config", tmp_path / "config")
+    loaded = pipeline.load(tmp_path / "model.safetensors")
+    for name in ("unet", "text_encoder", "vae"):
+        want, got = getattr(made, name).state_dict(), getattr(loaded, name).state_dict()
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[key], got[key]) for key in want)
+    prompts = ["by micah, long hair", "smile"]
+    want, got = (pipeline.sample(p, prompts, seed=4, steps=2) for p in (made, loaded))
+    assert [a.tobytes() for a in want] == [b.tobytes() for b in got]
+
+
+def test_files_are_recognised(folder: Path):
+    found = lineage.inspect(folder / "tuned.safetensors")
+    assert (found.layout, found.architecture) == ("ldm", "sd1")
+    assert set(found.components) == {"unet", "text_encoder", "vae"}
+
+
+def test_fine_tune_leaves_the_autoencoder_and_moves_the_rest(folder: Path):
+    base, tuned = (load_file(folder / f"{name}.safetensors") for name in ("base", "tuned"))
+    assert base.keys() == tuned.keys()
+    vae = {name for name in base if name.startswith("first_stage_model.")}
+    assert all(torch.equal(base[name], tuned[name]) for name in vae)
+    assert any(not torch.equal(base[name], tuned[name]) for name in base.keys() - vae)
+
+
+def test_standardised_latents_and_an_unchanged_autoencoder(folder: Path):
+    vae = world.blank(TINY, folder).vae
+    images = pixels(pictures.gallery(["micah", "dylan"], 8, seed=0))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        standardise(vae, images)
+        after = vae.decode(vae.encode(images).latent_dist.mean).sample
+        z = encode_latents(vae, images)
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_autoencoder_learns(folder: Path):
+    vae = world.blank(TINY, folder).vae
+    images = pixels(pictures.gallery(["micah", "dylan"], 24, seed=0))
+    losses = [s.loss for s in fit_autoencoder(vae, images, Plan(80, 2e-3, muon_lr=0.02, batch=8), seed=0)]
+    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:4])
+
+
+@pytest.mark.slow
+def test_demo_leaves_its_files(folder: Path):
+    made = world.demo(folder, world=TINY)
+    assert made.samples.read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "world.json").read_text(encoding="utf-8")) == TINY.to_json()
+    assert made.svd.summary.components["vae"].identical_layers == made.svd.summary.components["vae"].layers
+    assert "Micah Lanier" in made.credits.read_text(encoding="utf-8")
