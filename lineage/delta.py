@@ -291,16 +291,23 @@ def _measure_adapter(model: Checkpoint | None, path: str | Path, options: Option
     targets = [t for t in targets if options.wants(t[1].component)]
     for done, (name, param, factors) in enumerate(targets, 1):
         weight = None if model is None else model[name].float()
-        s = _factor_spectrum(factors, weight)
         energy = 0.0 if weight is None else float(weight.square().sum(dtype=torch.float64))
         if weight is not None:
             found.base_energy[name] = energy
-        facts = Facts(param, Sums(energy, s.total, None))
-        seen = Seen.through(s, 0.0, 0.0)
-        found.layers.append(facts.layer(s, seen, options.ks) if s.total else facts.identical_layer(options.ks))
+        if len(param.shape) < 2:
+            total = float(factors.delta(weight).square().sum(dtype=torch.float64))
+            found.vectors.append(Facts(param, Sums(energy, total, None)).vector())
+        else:
+            found.layers.append(_adapter_layer(param, energy, _factor_spectrum(factors, weight), options))
         if options.progress:
             options.progress(done, len(targets), name)
     return found
+
+
+def _adapter_layer(param: Param, base: float, s: Spectrum, options: Options) -> LayerSpectrum:
+    """The record of a delta that storage has not rounded; base: ||W_base||_F^2."""
+    facts = Facts(param, Sums(base, s.total, None))
+    return facts.layer(s, Seen.through(s, 0.0, 0.0), options.ks) if s.total else facts.identical_layer(options.ks)
 
 
 def _factor_spectrum(factors: Factors, weight: Tensor | None) -> Spectrum:

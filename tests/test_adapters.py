@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lineage.adapters import bind, is_adapter, open_adapter, save_adapter
+from lineage.delta import svd
 from lineage.errors import LineageError
 from lineage.factors import factors
 from lineage.keys import Param
@@ -240,6 +241,13 @@ def test_whole_differences_of_weights_and_biases(tmp_path):
     assert unmatched == []
     assert [tuple(f.delta().shape) for f in found.values()] == [(20, 12), (20,)]
     torch.testing.assert_close(found[WEIGHT].delta(), weight)
+
+
+def test_svd_counts_the_differences_of_biases_as_vectors(tmp_path):
+    save_file({f"{NAME}.diff": torch.randn(20, 12), f"{NAME}.diff_b": torch.ones(16)}, tmp_path / "a.safetensors")
+    result = svd(None, tmp_path / "a.safetensors")
+    assert [layer.shape for layer in result.layers] == [(20, 12)]
+    assert [(v.shape, v.frobenius) for v in result.vectors] == [((16,), 4.0)]
 
 
 @pytest.mark.parametrize(("kind", "spec", "options"), LYCORIS)
