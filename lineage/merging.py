@@ -127,7 +127,7 @@ def _run(
         folder, sum(file_size(s.container, specs(plan, i), m) for s, i, m in zip(steps, written, room, strict=True))
     )
     before = [_state(path) for path in plan.originals]
-    hashing = stack.enter_context(ThreadPoolExecutor(1))
+    hashing = stack.enter_context(ThreadPoolExecutor(2))
     hashes = [hashing.submit(file_hash, c.path) for c in plan.inputs]
     targets = [stack.enter_context(Target(path)) for path in paths]
     writers = [
@@ -140,12 +140,15 @@ def _run(
     known = [future.result() for future in hashes]
     for i, writer, target in zip(written, writers, targets, strict=True):
         writer.finish(metadata(plan, i, known))
+        target.file.flush()
+    sums = [hashing.submit(sha256, target.part) for target in targets]
+    for target in targets:
         target.sync()
-    sums = [sha256(target.part) for target in targets]
+    digests = [future.result() for future in sums]
     _check_unchanged(plan.originals, before)
     for target in targets:
         target.commit()
-    return [output_record(plan, *row) for row in zip(written, paths, sums, outputs, strict=True)], known
+    return [output_record(plan, *row) for row in zip(written, paths, digests, outputs, strict=True)], known
 
 
 def _originals(plan: Plan, i: int) -> dict[int, Table]:

@@ -24,7 +24,7 @@ from lineage.errors import FileError
 from lineage.plan import Call, Entry, Leaf, Node, Table
 from lineage.writer import Writer
 
-PIECE = 1 << 20  # entries
+PIECE = 1 << 18  # bytes; larger blocks come from the system page by page, zeroed, at twice the cost of reading them
 SAMPLE_ROW, SAMPLE_EVERY, SAMPLE_ALL_BELOW = 4096, 16, 1 << 16
 _AHEAD = 3  # pieces waiting per worker
 _T = TypeVar("_T")
@@ -152,13 +152,13 @@ def _uses(roots: Iterable[Node]) -> Counter[Node]:
 
 def _pieces(names: Iterable[str], outputs: Sequence[Output]) -> Iterator[_Piece]:
     """Flat ranges, smaller where many outputs are made at once; 0-d tensors stay whole (other promotion rules)."""
-    length = max(PIECE // len(outputs), 1 << 14)
     for name in names:
         nodes = [o.entries[name].node for o in outputs if name in o.entries]
         size = prod(nodes[0].shape)
         if not nodes[0].shape or any(n.whole for n in nodes):
             yield _Piece(name, 0, size, True)
         else:
+            length = max(PIECE // len(outputs) // max(n.dtype.itemsize for n in nodes), SAMPLE_ROW)
             for start in range(0, max(size, 1), length):
                 yield _Piece(name, start, min(start + length, size), False)
 

@@ -155,7 +155,7 @@ def merge_pair_reversed(folder: Path) -> None:
 def test_pieces_do_not_show(tmp_path, monkeypatch):
     from lineage import streaming
 
-    monkeypatch.setattr(streaming, "PIECE", 1 << 14)
+    monkeypatch.setattr(streaming, "PIECE", 1 << 13)
     big = {"model.big": values((300, 301), 1).half(), "model.odd": values((16385,), 2).half()}
     other = {"model.big": values((300, 301), 3).half(), "model.odd": values((16385,), 4)}
     assert_same_bits(*merge_pair(tmp_path, big, other))
