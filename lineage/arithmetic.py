@@ -6,7 +6,7 @@ result is what a saved file would hold. float32: nothing is rounded before the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -68,12 +68,12 @@ def formula(method: str, weight: float) -> Function:
 
 
 @lru_cache(maxsize=1024)
-def result_dtype(method: str, dtypes: Sequence[torch.dtype], scalar: bool) -> torch.dtype:
-    """What torch makes of `dtypes`, found by doing it once on one entry; 0-d tensors promote by other rules.
+def result_dtype(method: str, dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
+    """What torch makes of operands of `dtypes`, found by doing it once on one entry.
 
     LineageError where torch has no such arithmetic on the CPU (float8)."""
     try:
-        return formula(method, 0.5)(*(torch.ones(() if scalar else 1, dtype=d) for d in dtypes)).dtype
+        return formula(method, 0.5)(*(torch.ones(1, dtype=d) for d in dtypes)).dtype
     except RuntimeError as e:  # NotImplementedError is one
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise LineageError(f"the web UI's arithmetic cannot merge {names}. Add --arithmetic float32.") from e

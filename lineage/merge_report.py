@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from math import sqrt
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite, sqrt
 from pathlib import Path
 
 from lineage.merge_metadata import metadata, placeholders
@@ -105,4 +105,15 @@ def _totals(sums: Mapping[str, Iterable[float]]) -> tuple[float, float]:
 
 
 def _relative(moved: float, norm: float) -> float | None:
-    return sqrt(moved / norm) if norm > 0 else None
+    return sqrt(moved / norm) if norm > 0 and isfinite(moved) and isfinite(norm) else None
+
+
+def overflow_warnings(plan: Plan, i: int, written: Output) -> Iterator[str]:
+    """A sentence where sampled entries of an output are infinite or undefined, while its inputs' are not."""
+    finite = {key: isfinite(norm) for key, norm in written.norm.items()}
+    bad = {name for (j, name), moved in written.moved.items() if finite[j, name] and not isfinite(moved)}
+    if bad:
+        yield (
+            f"{plan.recipe.steps[i].name}: {len(bad)} tensors hold infinite or undefined weights, "
+            f"{min(bad)} for one: a coefficient is too large for the dtype."
+        )

@@ -13,7 +13,7 @@ from lineage.checkpoint import Checkpoint, sha256
 from lineage.errors import FileError, LineageError
 from lineage.merge_metadata import file_hash, metadata, placeholders
 from lineage.merge_plan import Plan, make_plan, warnings_of
-from lineage.merge_report import input_records, output_record, specs, step_records
+from lineage.merge_report import input_records, output_record, overflow_warnings, specs, step_records
 from lineage.plan import Table
 from lineage.raw import SafetensorsRaw
 from lineage.recipe import Operand, Place, Recipe, Step, did_you_mean, parse
@@ -52,12 +52,12 @@ def merge(
     with ExitStack() as stack:
         plan = make_plan(recipe, resolve(recipe, Path(models) if models else None, bound or {}), stack)
         if dry_run:
-            outputs, hashes = [output_record(plan, i) for i in written], [None for _ in plan.inputs]
+            outputs, hashes, warnings = [output_record(plan, i) for i in written], [None for _ in plan.inputs], []
         elif folder is None:
             raise LineageError("merge: no folder to write to. Name one with -o, or look first with --dry-run.")
         else:
-            outputs, hashes = _run(plan, written, Path(folder), force, stack, progress)
-        return _result(plan, outputs, hashes, dry_run, time.monotonic() - began)
+            outputs, hashes, warnings = _run(plan, written, Path(folder), force, stack, progress)
+        return _result(plan, outputs, hashes, warnings, dry_run, time.monotonic() - began)
 
 
 def apply(
@@ -117,8 +117,8 @@ def _written(recipe: Recipe, keep: Collection[str]) -> list[int]:
 
 def _run(
     plan: Plan, written: Sequence[int], folder: Path, force: bool, stack: ExitStack, progress: Progress | None
-) -> tuple[list[MergeOutput], list[str]]:
-    """Write the outputs of the steps `written`; their records, and the sha256 of every input."""
+) -> tuple[list[MergeOutput], list[str], list[str]]:
+    """Write the outputs of the steps `written`; their records, the sha256 of every input, and new warnings."""
     steps = [plan.recipe.steps[i] for i in written]
     paths = [folder / f"{step.name}.{step.container}" for step in steps]
     _check_targets(paths, plan.originals, folder, force)
@@ -148,7 +148,8 @@ def _run(
     _check_unchanged(plan.originals, before)
     for target in targets:
         target.commit()
-    return [output_record(plan, *row) for row in zip(written, paths, digests, outputs, strict=True)], known
+    records = [output_record(plan, *row) for row in zip(written, paths, digests, outputs, strict=True)]
+    return records, known, [w for i, o in zip(written, outputs, strict=True) for w in overflow_warnings(plan, i, o)]
 
 
 def _originals(plan: Plan, i: int) -> dict[int, Table]:
@@ -192,7 +193,12 @@ def _check_unchanged(originals: Sequence[Path], before: Sequence[list[tuple[int,
 
 
 def _result(
-    plan: Plan, outputs: Sequence[MergeOutput], hashes: Sequence[str | None], dry_run: bool, seconds: float
+    plan: Plan,
+    outputs: Sequence[MergeOutput],
+    hashes: Sequence[str | None],
+    warnings: Sequence[str],
+    dry_run: bool,
+    seconds: float,
 ) -> MergeResult:
     inputs = input_records(plan, hashes)
     files = {i.name: {"path": i.file, "sha256": i.sha256, "bytes": i.bytes} for i in inputs}
@@ -205,5 +211,5 @@ def _result(
         inputs=inputs,
         steps=step_records(plan),
         outputs=tuple(outputs),
-        warnings=tuple(warnings_of(plan)),
+        warnings=(*warnings_of(plan), *warnings),
     )

@@ -146,7 +146,7 @@ class Rules:
         if not self.webui:
             node = Call(unrounded(function), nodes, wide(n.dtype for n in nodes), shape, whole)
             return Entry(node, self.stored(first, half), policy)
-        dtype = first if widened else result_dtype(method, tuple(n.dtype for n in nodes), not shape)
+        dtype = first if widened else result_dtype(method, tuple(n.dtype for n in nodes))
         if half and dtype == torch.float32:
             function, dtype = halved(function), torch.float16
         return Entry(Call(function, nodes, dtype, shape, whole), dtype, policy)

@@ -151,11 +151,11 @@ def _uses(roots: Iterable[Node]) -> Counter[Node]:
 
 
 def _pieces(names: Iterable[str], outputs: Sequence[Output]) -> Iterator[_Piece]:
-    """Flat ranges, smaller where many outputs are made at once; 0-d tensors stay whole (other promotion rules)."""
+    """Flat ranges, smaller where many outputs are made at once."""
     for name in names:
         nodes = [o.entries[name].node for o in outputs if name in o.entries]
         size = prod(nodes[0].shape)
-        if not nodes[0].shape or any(n.whole for n in nodes):
+        if any(n.whole for n in nodes):
             yield _Piece(name, 0, size, True)
         else:
             length = max(PIECE // len(outputs) // max(n.dtype.itemsize for n in nodes), SAMPLE_ROW)

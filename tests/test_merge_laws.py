@@ -292,6 +292,14 @@ def test_warnings_name_both_models(models):
     assert any("blow-up" in w for w in lineage.merge(parse("x = a + b + c, 0.9"), models=models, dry_run=True).warnings)
 
 
+def test_overflow_is_told(models, tmp_path):
+    for name, value in {"a": 60000.0, "b": -60000.0}.items():
+        save({"model.w": torch.full((9,), value).half()}, models / f"{name}.safetensors")
+    warnings = lineage.merge(parse("x = a + a + b, 1"), tmp_path, models=models).warnings
+    assert any("1 tensors hold infinite" in w for w in warnings)
+    assert not any("infinite" in w for w in lineage.merge(parse("y = a + b, 1"), tmp_path, models=models).warnings)
+
+
 def test_models_without_a_common_key_are_refused(models):
     save({"other.weight": torch.zeros(3)}, models / "z.safetensors")
     with pytest.raises(LineageError, match="share no key"):

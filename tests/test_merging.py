@@ -174,3 +174,22 @@ def test_any_half_values(tmp_path_factory, m, entries, seed, line):
     b, c = (torch.randint(-(2**15), 2**15, a.shape, generator=g).to(torch.int16).view(torch.float16) for _ in "bc")
     a, b, c = ({"model.w": t} for t in (a, b, c))
     assert_same_bits(*merge_pair(tmp_path_factory.mktemp("h"), a, b, c, line.format(m=m)))
+
+
+@pytest.mark.parametrize("b", [torch.float16, torch.float32])
+def test_a_difference_that_the_third_model_lacks_is_zero_yet_added(tmp_path, b):
+    third = {k: t for k, t in tiny(3).items() if not k.startswith(UNET)}
+    ours, expected = merge_pair(tmp_path, tiny(1), tiny(2, b), third, "x = a + b + c, 0.3")
+    assert_same_bits(ours, expected)
+    assert ours[f"{UNET}out.2.bias"].dtype == b
+
+
+def test_an_input_used_twice_is_not_changed_by_the_first_use(tmp_path):
+    wide = {f"{UNET}input_blocks.0.0.weight": values((8, 9, 3, 3), 5).half()}
+    for i, name in enumerate("ab"):
+        save(tiny(i) | (wide if name == "a" else {}), tmp_path / f"{name}.safetensors")
+    recipe = "x = a + b, 0.3, safetensors\ny = a + b, 0.7, safetensors"
+    expected = webui_oracle.run(recipe, tmp_path, tmp_path)
+    lineage.merge(parse(recipe), tmp_path / "out", models=tmp_path)
+    for name in "xy":
+        assert_same_bits(safetensors.torch.load_file(tmp_path / "out" / f"{name}.safetensors"), expected[name])
