@@ -160,8 +160,7 @@ def _up_from_ldm(table: Table, blocks: Tree) -> None:
     for i, block in _numbered(blocks):
         _resnet(table, f"output_blocks.{i}.0", f"up_blocks.{level}.resnets.{layer}")
         sampler = next((k for k in ("1", "2") if "conv" in block.get(k, {})), None)
-        if sampler != "1":
-            table[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
+        table[f"output_blocks.{i}.1"] = f"up_blocks.{level}.attentions.{layer}"
         layer += 1
         if sampler:
             table[f"output_blocks.{i}.{sampler}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"

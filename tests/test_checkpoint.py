@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
+import struct
 from collections import OrderedDict
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +128,29 @@ def test_views_that_share_a_storage(legacy, tmp_path: Path):
     oracle = torch.load(tmp_path / "m.pt", weights_only=True)
     with lineage.open_checkpoint(tmp_path / "m.pt") as checkpoint:
         assert all(torch.equal(checkpoint[n], oracle[n]) for n in want)
+
+
+def test_storages_that_are_parts_of_others(tmp_path: Path):
+    """Files of torch < 0.4 save part of a storage as ("storage", class, key, place, entries, (key, start, count))."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj):
+            return ("storage", torch.FloatStorage, "0", "cpu", 8, ("1", 2, 4)) if obj == "S" else None
+
+    class Rebuilt:
+        def __reduce__(self):
+            return import_module("torch._utils")._rebuild_tensor_v2, ("S", 1, (3,), (1,), False, {})
+
+    with open(tmp_path / "m.pt", "wb") as f:
+        for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+            pickle.dump(part, f, 2)
+        Pickler(f, 2).dump({"a": Rebuilt()})
+        pickle.dump(["0"], f, 2)
+        f.write(struct.pack("<q8f", 8, *range(8)))
+    oracle = torch.load(tmp_path / "m.pt", weights_only=True)
+    with lineage.open_checkpoint(tmp_path / "m.pt") as checkpoint:
+        assert torch.equal(checkpoint["a"], oracle["a"])
+        assert checkpoint["a"].tolist() == [3, 4, 5]
 
 
 def test_changing_a_tensor_does_not_change_the_file(tmp_path: Path):

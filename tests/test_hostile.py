@@ -292,6 +292,17 @@ def test_a_legacy_count_that_lies(tmp_path: Path):
     assert looked_at(tmp_path / "m.pt") is None
 
 
+def test_a_zip_directory_that_lies(tmp_path: Path):
+    """It says that a member is longer than the whole file: mapping it would end the process."""
+    content = archive(tensor_pickle(10**6, 0, (10**6,), (1,)))
+    directory = content.index(b"PK\x01\x02")
+    size = struct.pack("<II", 16, 16)
+    assert content.count(size, directory) == 1
+    lie = content[:directory] + content[directory:].replace(size, struct.pack("<II", 4 * 10**6, 4 * 10**6))
+    (tmp_path / "m.ckpt").write_bytes(lie)
+    assert looked_at(tmp_path / "m.ckpt") is None
+
+
 def test_other_zips(tmp_path: Path):
     good = pickle.dumps({}, 2)
     cases = [

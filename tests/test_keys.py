@@ -144,6 +144,21 @@ def test_names_of_the_published_sd15_file():
     assert by_stored[f"{vae}encoder.mid.attn_1.q.weight"].shape == (512, 512)
 
 
+@pytest.mark.parametrize(("kind", "inputs"), [("sd1", 12), ("sd2", 12), ("sdxl", 9)])
+def test_blocks_are_those_of_merge_boards(kind, inputs):
+    """SD1 and SD2 have 12 + 1 + 12 blocks, SDXL 9 + 1 + 9; layers of text encoders, levels of the VAE."""
+    ldm, _ = ldm_of(sd.full, kind)
+    params = canonical(sd.specs(ldm))
+    found = {c: {p.block for p in params.values() if p.component == c} for c in ("unet", "text_encoder", "vae")}
+    numbered = {f"{side}{i:02d}" for side in ("IN", "OUT") for i in range(inputs)}
+    assert found["unet"] == {*numbered, "M00", "TIME", "OUT"}
+    layers = 23 if kind == "sd2" else 12
+    assert found["text_encoder"] == {*(f"TE.{i:02d}" for i in range(layers)), "TE.embed", "TE.final"}
+    levels = {f"VAE.{side}.{i}" for side in ("encoder.down", "decoder.up") for i in range(4)}
+    ends = {f"VAE.{side}.{part}" for side in ("encoder", "decoder") for part in ("in", "mid", "out")}
+    assert found["vae"] == {*levels, *ends, "VAE.quant", "VAE.post_quant"}
+
+
 def test_old_spellings_get_the_same_names():
     """NAI-era text encoders and diffusers' VAE attention of before 2023."""
     ldm, want = ldm_of(sd.tiny, "sd1")
