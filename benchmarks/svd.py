@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,19 +31,21 @@ KINDS = {"mixed": ("low", "power", "flat"), "low": ("low", "low", "low")}
 
 def sd15_shapes() -> dict[str, tuple[int, ...]]:
     """Stored name -> shape of a Stable Diffusion 1.5 single file, from the configs of its diffusers folder."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from lineage.keys import to_ldm
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
+        vae: Any = AutoencoderKL.from_config(
+            {
+                "block_out_channels": (128, 256, 512, 512),
+                "layers_per_block": 2,
+                "down_block_types": ("DownEncoderBlock2D",) * 4,
+                "up_block_types": ("UpDecoderBlock2D",) * 4,
+            }
         )
         text = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
