@@ -21,7 +21,8 @@ from lineage.recipe_toml import parse_toml
 from lineage.resolution import resolve
 from lineage.results import MergeOutput, MergeResult, provenance
 from lineage.streaming import FileReader, Output, Reader, TensorReader, stream
-from lineage.writer import WRITERS, Target, check_space, file_size
+from lineage.target import Target, check_space
+from lineage.writer import WRITERS, file_size
 
 Progress = Callable[[int, int, str], None]
 

@@ -1,33 +1,22 @@
-"""Writing model files as a stream: header from the plan, then the bytes, one tensor after the other.
-
-An output stands under its own name only when whole: it grows under a temporary name, is synced, then renamed.
-"""
+"""Writing model files as a stream: header from the plan, then the bytes, one tensor after the other."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
 import math
-import os
 import pickle
-import re
-import secrets
-import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
 
-from lineage.errors import FileError, LineageError
+from lineage.errors import LineageError
 
-_PART = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.lineage-part")
 _SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -229,92 +218,3 @@ WRITERS = {"safetensors": SafetensorsWriter, "ckpt": CkptWriter}
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, row-major, without a copy where it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-class Target:
-    """A file that appears whole or not at all; a context manager giving a Target whose `file` is open for writing."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.lineage-part")
-
-    def __enter__(self) -> Target:
-        with self._clear():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            remove_litter(self.path.parent)
-            self.file = open(self._part, "xb")  # noqa: SIM115: closed in __exit__, and before the rename
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        with contextlib.suppress(OSError):
-            self.file.close()
-        with contextlib.suppress(OSError):
-            self._part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise FileError(self.path, f"cannot be written ({error.strerror}).", "Nothing was left behind.") from error
-
-    @property
-    def part(self) -> Path:
-        """Where the bytes lie before `commit`."""
-        return self._part
-
-    def sync(self) -> None:
-        """All bytes on the disk, still under the temporary name."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def commit(self) -> None:
-        """The file takes its name, replacing an older one."""
-        self.file.close()
-        with self._clear():
-            os.replace(self._part, self.path)
-        _sync_folder(self.path.parent)
-
-    @contextlib.contextmanager
-    def _clear(self):
-        try:
-            yield
-        except OSError as e:
-            advice = "Is it open elsewhere, or the folder read-only? Name another with -o."
-            raise FileError(self.path, f"cannot be written ({e.strerror}).", advice) from e
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # a folder cannot be opened there; the rename is journalled
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_litter(folder: Path) -> None:
-    """Remove temporary files of runs that were killed; those of living processes stay."""
-    for path in folder.glob(".*.lineage-part"):
-        found = _PART.fullmatch(path.name)
-        if found and not _alive(int(found[1])):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # a file open in a living process cannot be removed there, and os.kill would end that process
-        return False
-    if pid == os.getpid():
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """LineageError unless the disk of `folder` (which may not exist yet) has `needed` bytes free."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise FileError(folder, f"needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free.", "Make room, or use -o.")
