@@ -21,6 +21,12 @@ from lineage.recipe import parse
 RECIPE = parse("x = a + b, 0.5, safetensors")
 
 
+@pytest.fixture(autouse=True)
+def no_sync(monkeypatch):
+    """Nothing here is about power failures, and syncing a busy disk is slow."""
+    monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
 @pytest.fixture
 def models(tmp_path) -> Path:
     folder = tmp_path / "models"
@@ -43,6 +49,7 @@ import lineage
 from lineage.recipe import parse
 import lineage.merging
 
+os.fsync = lambda handle: None  # a kill is no power failure
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
 recipe = parse("x = a + b, 0.5, safetensors")
 merge = lambda: lineage.merge(recipe, folder / "out", models=folder, force=True)
