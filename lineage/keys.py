@@ -48,6 +48,11 @@ _BARE = (
     ({"text_model"}, ("text_encoder", "clip")),
     ({"transformer", "ln_final", "token_embedding"}, ("text_encoder", "open_clip")),
 )
+_ADAPTER_PREFIXES = {
+    "unet": ("lora_unet_", "lycoris_"),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
 _OTHER_MODELS = {".joint_blocks.": "sd3", "double_blocks.": "flux", "control_model.": "controlnet"}
 _NO_TEXT_ENCODER = {"vision_model", "visual"}
 
@@ -190,20 +195,28 @@ def _cause(name: str, side: Mapping[str, Param]) -> str:
 
 
 def kohya_modules(specs: Mapping[str, Param]) -> dict[str, str]:
-    """Adapter module name -> canonical weight name, in kohya's spelling (for SDXL its block names too) and dotted."""
+    """Adapter module name -> canonical weight name, generated from the modules that are there.
+
+    kohya's names in diffusers' and in LDM's block names (which SDXL files use), LyCORIS' own prefix, and dotted names:
+    `unet.`, `diffusion_model.` (LDM blocks), `text_encoder.`, with and without `text_model.`; and `base_model.model.`
+    where it can only be the one text encoder."""
     unet = invert(unet_table(n.removeprefix("unet.") for n in specs if n.startswith("unet.")))
-    prefixes = {"unet": ["lora_unet_"], "text_encoder": ["lora_te_", "lora_te1_"], "text_encoder_2": ["lora_te2_"]}
+    lone = "text_encoder" if all(p.component != "text_encoder_2" for p in specs.values()) else ""
     found: dict[str, str] = {}
     for name, param in specs.items():
-        if not name.endswith(".weight") or param.component not in prefixes:
+        if not name.endswith(".weight") or param.component not in _ADAPTER_PREFIXES:
             continue
         path = name.removeprefix(f"{param.component}.").removesuffix(".weight")
-        paths = {path}
+        paths, dotted = {path}, {f"{param.component}.{path}"}
         if param.component == "unet":
-            paths.add((rename(f"{path}.weight", unet) or name).removesuffix(".weight"))
-        for spelling in paths:
-            found |= {prefix + spelling.replace(".", "_"): name for prefix in prefixes[param.component]}
-            found[f"{param.component}.{spelling}"] = name
+            ldm = (rename(f"{path}.weight", unet) or name).removesuffix(".weight")
+            paths, dotted = {path, ldm}, {f"unet.{path}", f"unet.{ldm}", f"diffusion_model.{ldm}"}
+        elif short := path.removeprefix("text_model."):
+            dotted |= {f"{param.component}.{short}"} | (
+                {f"base_model.model.{short}"} if param.component == lone else set()
+            )
+        flat = {p + spelling.replace(".", "_") for p in _ADAPTER_PREFIXES[param.component] for spelling in paths}
+        found |= dict.fromkeys(flat | dotted, name)
     return found
 
 

@@ -119,6 +119,8 @@ def open_parts(path: Path) -> Raw:
 
 def _open_file(path: Path) -> Raw:
     """By its first bytes; a wrong ending (a .ckpt that is a .safetensors) does no harm."""
+    if not path.is_file():
+        raise FileError(path, "is neither a file nor a folder.", "Give a model's file or folder.")
     try:
         with open(path, "rb") as f:
             head = f.read(9)

@@ -476,5 +476,8 @@ def test_values_that_are_no_numbers(name, tmp_path: Path):
 
 def test_what_is_no_file(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "empty", tmp_path / "missing.safetensors"):
-        assert looked_at(path) is None
+    paths = [tmp_path / "empty", tmp_path / "missing.safetensors"]
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.safetensors")
+        paths.append(tmp_path / "pipe.safetensors")
+    assert [looked_at(path) for path in paths] == [None] * len(paths)

@@ -253,3 +253,13 @@ def test_adapter_names_reach_every_weight(kind):
             path = stored.removeprefix(stem).removesuffix(".weight")
             target = modules[f"lora_unet_{path.replace('.', '_')}"]
             assert params[target].stored == stored
+            assert modules[f"diffusion_model.{path}"] == target
+
+
+def test_peft_names_of_transformers_5_reach_the_text_encoder():
+    """It drops `text_model.`; with two text encoders such a name says too little and is not guessed."""
+    layer = "encoder.layers.0.self_attn.q_proj"
+    for kind, known in (("sd1", True), ("sdxl", False)):
+        modules = kohya_modules(canonical(sd.specs(ldm_of(sd.tiny, kind)[0])))
+        assert (f"base_model.model.{layer}" in modules) == known
+        assert modules[f"text_encoder.{layer}"] == f"text_encoder.text_model.{layer}.weight"
