@@ -50,8 +50,9 @@ def build(size: Size, tokenizer: Path, seed: int) -> Pipeline:
     """A pipeline with random weights that depend on `seed` alone; `tokenizer`: a folder as `write_tokenizer` makes."""
     import diffusers
     import transformers
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
+    with _quiet():
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: dict[str, Any] = {
@@ -62,7 +63,8 @@ def build(size: Size, tokenizer: Path, seed: int) -> Pipeline:
             "scheduler": _scheduler(diffusers),
         }
     absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = StableDiffusionPipeline(**parts, **absent)
+    with _quiet():
+        pipeline = StableDiffusionPipeline(**parts, **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -212,9 +214,9 @@ def write_config(pipeline: Pipeline, folder: Path) -> None:
 
 def load(file: Path) -> Pipeline:
     """A single file in float32, through diffusers' own loader; `write_config` filled the folder `config` beside it."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    with _quiet():
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    with _quiet_diffusers():
         found = StableDiffusionPipeline.from_single_file(
             str(file), config=str(file.parent / "config"), local_files_only=True, torch_dtype=torch.float32
         )
@@ -223,19 +225,22 @@ def load(file: Path) -> Pipeline:
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """No bar for five small parts, and no warning of the absent safety checker at each load."""
-    from diffusers.utils import logging
+def _quiet() -> Iterator[None]:
+    """No bar for five small parts, no warning of the absent safety checker, none of processors that nobody uses."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (diffusers, transformers)]
+    for lib, _, _ in before:
+        lib.set_verbosity_error()
+        lib.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        for lib, level, bars in before:
+            lib.set_verbosity(level)
+            if bars:
+                lib.enable_progress_bar()
 
 
 def save(pipeline: Pipeline, file: Path, metadata: Mapping[str, str]) -> None:

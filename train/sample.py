@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-CELL, GAP, MARGIN, LINE = 128, 6, 150, 15
+CELL, GAP, MARGIN, LINE = 128, 6, 150, 17
 INK, PAPER = "#1c2330", "#ffffff"
 
 
