@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lineage.errors import MissingExtra
 from lineage.keys import to_ldm
-from lineage.writer import SafetensorsWriter, Target, TensorSpec
+from lineage.target import Target
+from lineage.writer import SafetensorsWriter, TensorSpec
 
 if TYPE_CHECKING:
     from PIL import Image
