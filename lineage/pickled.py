@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
-import torch
+from lineage.places import CONSTRUCTORS, Inert, Storage, StorageType, meaning, ordered, plain_key
 
 MAX_PICKLE = 16 * 2**20  # bytes; that of SDXL has 0.4 MB
 _MAX_ITEMS = 200_000  # copied in all, so that a short pickle cannot ask for the same long list for ever
-_MAX_DIMENSIONS = 32
 _MAX_ARGUMENTS = 16
 _FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, MemoryError, RecursionError)
 
@@ -29,45 +27,6 @@ class Refused(ValueError):
     def __init__(self, names: list[str]):
         super().__init__(", ".join(names))
         self.names = names
-
-
-class Inert(NamedTuple):
-    """Stands for any object that is no tensor and no plain data; `name` is its class."""
-
-    name: str
-
-
-class StorageType(NamedTuple):
-    """The class of a storage; dtype None where the tensor says its own."""
-
-    dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class Storage:
-    """`numel` entries (bytes, where dtype is None) of the stored block `key`, from entry `start` on."""
-
-    key: str
-    dtype: torch.dtype | None
-    numel: int
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: `offset` and `strides` in entries of its block."""
-
-    key: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def reach(self) -> int:
-        """Bytes of the block from its start to this tensor's end."""
-        steps = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        return 0 if 0 in self.shape else (self.offset + steps + 1) * self.dtype.itemsize
 
 
 class Pickle(NamedTuple):
@@ -85,7 +44,9 @@ def interpret(data: bytes) -> Pickle:
     machine = _Machine()
     found = None, 0
     try:
-        found = machine.run(io.BytesIO(data))
+        with warnings.catch_warnings():  # the reader of old string literals warns of their escapes
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found = machine.run(io.BytesIO(data))
     except _FAULTS as e:
         if not machine.refused:
             raise ValueError(f"malformed pickle: {str(e)[:200] or type(e).__name__}") from e
@@ -94,108 +55,6 @@ def interpret(data: bytes) -> Pickle:
     return Pickle(*found, machine.itemsizes)
 
 
-def _tensor(storage: Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Place:
-    if storage.dtype is None:
-        raise ValueError("a tensor without dtype")
-    return _place(storage, offset, shape, strides, storage.dtype)
-
-
-def _tensor_with_dtype(
-    storage: Storage, offset: int, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
-) -> Place:
-    return _place(storage, offset, shape, strides, dtype)
-
-
-def _place(storage: Storage, offset: Any, shape: Any, strides: Any, dtype: Any) -> Place:
-    """A Place whose entries all lie in its storage and which has no more of them than the storage (none expanded)."""
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
-        raise ValueError("a tensor of nothing")
-    if len(shape) > _MAX_DIMENSIONS or len(shape) != len(strides):
-        raise ValueError("a tensor of impossible shape")
-    if not all(type(n) is int and 0 <= n < 2**62 for n in (offset, *shape, *strides)):
-        raise ValueError("a tensor of impossible size")
-    itemsize = 1 if storage.dtype is None else storage.dtype.itemsize
-    place = Place(storage.key, offset, tuple(shape), tuple(strides), dtype)
-    if max(place.reach, prod(place.shape) * dtype.itemsize) > storage.numel * itemsize:
-        raise ValueError(f"a tensor of shape {place.shape} in a storage of {storage.numel} entries")
-    return Place(place.key, offset + storage.start, place.shape, place.strides, dtype)
-
-
-def _first(value: Any, *_: Any) -> Any:
-    return value
-
-
-def _from_type(_function: Any, _type: Any, arguments: Any, _state: Any) -> Place:
-    return _tensor(*arguments)
-
-
-def _ordered(items: Any = ()) -> dict[Any, Any]:
-    return dict(_pair(item) for item in items)
-
-
-def _pair(item: Any) -> tuple[Any, Any]:
-    key, value = item
-    return _key(key), value
-
-
-def _key(key: Any) -> Any:
-    """Keys that name nothing become one inert key: the hash of a deeply nested tuple would exhaust the stack."""
-    return key if isinstance(key, str | int | bytes | float | Inert | None) else Inert("key")
-
-
-_CONSTRUCTORS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
-    "torch._utils._rebuild_parameter": _first,
-    "torch._utils._rebuild_parameter_with_state": _first,
-    "torch._tensor._rebuild_from_type_v2": _from_type,
-    "collections.OrderedDict": _ordered,
-}
-_STORAGES = {
-    f"torch.{kind}Storage": StorageType(dtype)
-    for kind, dtype in {
-        "Float": torch.float32,
-        "Double": torch.float64,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Byte": torch.uint8,
-        "Char": torch.int8,
-        "Short": torch.int16,
-        "Int": torch.int32,
-        "Long": torch.int64,
-        "Bool": torch.bool,
-        "ComplexFloat": torch.complex64,
-        "ComplexDouble": torch.complex128,
-    }.items()
-} | dict.fromkeys(("torch.UntypedStorage", "torch.storage.UntypedStorage"), StorageType(None))
-_DTYPES = {
-    f"torch.{name}": getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-    )
-}
-_PLAIN = ("set", "frozenset", "dict", "list", "int", "long")
-_HARMLESS = {
-    *("torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter"),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *("numpy.dtype", "numpy.ndarray", "_codecs.encode"),
-    *("collections.defaultdict", "collections.Counter", "argparse.Namespace", "typing.Any"),
-    *(
-        f"{b}.{name}"
-        for b in ("builtins", "__builtin__")
-        for name in ("set", "frozenset", "dict", "list", "int", "long")
-    ),
-    *("pathlib.PosixPath", "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta"),
-}
-_HARMLESS_PACKAGES = (
-    "pytorch_lightning.",
-    "lightning.pytorch.",
-    "lightning.fabric.",
-    "lightning_fabric.",
-    "omegaconf.",
-)
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _IGNORED = {"PROTO", "FRAME"}
 _LITERALS = {
@@ -241,20 +100,18 @@ class _Machine:
 
     def known(self, name: str) -> Any:
         """What stands here for a global; an unknown one is noted and inert."""
-        for table in (_CONSTRUCTORS, _STORAGES, _DTYPES):
-            if name in table:
-                return table[name]
-        if name not in _HARMLESS and not name.startswith(_HARMLESS_PACKAGES) and name not in self.refused:
+        found = meaning(name)
+        if found is None and name not in self.refused:
             self.refused.append(name)
-        return Inert(name)
+        return Inert(name) if found is None else found
 
     def call(self, function: Any, arguments: Any) -> Any:
         """Only the constructors of this file are called."""
         if isinstance(function, Inert):
             return function
-        if function not in _CONSTRUCTORS.values() or len(arguments) > _MAX_ARGUMENTS:
+        if function not in CONSTRUCTORS.values() or len(arguments) > _MAX_ARGUMENTS:
             raise ValueError("a call of what cannot be called")
-        if function is _ordered and arguments:
+        if function is ordered and arguments:
             self.items += len(arguments[0])
             if self.items > _MAX_ITEMS:
                 raise ValueError("too many items")
@@ -264,7 +121,7 @@ class _Machine:
         """Key, value, key, value, ... into the dict on top."""
         target = self.stack[-1]
         if isinstance(target, dict):
-            target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
+            target.update(zip(map(plain_key, values[::2]), values[1::2], strict=True))
         elif not isinstance(target, Inert):
             raise ValueError("items for what is no dict")
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lineage.errors import FileError
-from lineage.pickled import MAX_PICKLE, Pickle, Place, Refused, interpret
+from lineage.pickled import MAX_PICKLE, Pickle, Refused, interpret
+from lineage.places import Place
 from lineage.stored import DAMAGED, Raw, Spec
 
 ZIP = b"PK\x03\x04"
