@@ -27,13 +27,13 @@ def file_hash(path: Path) -> str:
     return sha256(path) if path.is_file() else ""
 
 
-def placeholders(plan: Plan) -> list[str]:
-    """Stand-ins for the inputs' hashes: as long, and as different, as those will be."""
-    return [f"{i:064d}" for i in range(len(plan.inputs))]
+def placeholders(plan: Plan, hashed: bool = True) -> list[str]:
+    """Stand-ins for the inputs' hashes: as long, and as different, as those will be; "" where they stay unknown."""
+    return [f"{i:064d}" if hashed else "" for i in range(len(plan.inputs))]
 
 
 def metadata(plan: Plan, i: int, hashes: Sequence[str]) -> dict[str, str]:
-    """Metadata of the output of step `i`; `hashes`: sha256 of every input."""
+    """Metadata of the output of step `i`; `hashes`: sha256 of every input, "" where unknown."""
     step, recipe, sources = plan.recipe.steps[i], plan.recipe, plan.sources(i)
     base = plan.inputs[sources[0]]
     record = {
@@ -42,14 +42,14 @@ def metadata(plan: Plan, i: int, hashes: Sequence[str]) -> dict[str, str]:
         "output": step.name,
         "arithmetic": recipe.arithmetic,
         "recipe": recipe.text,
-        "inputs": {plan.names[j]: {"file": plan.inputs[j].path.name, "sha256": hashes[j]} for j in sources},
+        "inputs": {plan.names[j]: {"file": plan.inputs[j].path.name, "sha256": hashes[j] or None} for j in sources},
         "adapters": {Path(o.text).name: w for o, w in step.adapters},
         "coefficients": {name: float(c) for name, c in plan.coefficients(i).items()},
     }
     models: dict[str, Any] = {}
     for j in sources:
         models |= _inherited(plan.inputs[j])
-        models[hashes[j]] = _model(plan, j)
+        models |= {hashes[j]: _model(plan, j)} if hashes[j] else {}
     spec = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": step.name,

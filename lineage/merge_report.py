@@ -67,7 +67,7 @@ def output_record(
         name=step.name,
         step=i,
         file=path.name if path else None,
-        sha256=digest,
+        sha256=digest or None,
         bytes=size,
         container=step.container,
         keys=len(tensors),

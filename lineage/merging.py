@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from lineage.checkpoint import Checkpoint, sha256
+from lineage.checkpoint import Checkpoint
 from lineage.errors import FileError, LineageError
 from lineage.merge_metadata import file_hash, metadata, placeholders
 from lineage.merge_plan import Plan, make_plan, warnings_of
@@ -36,6 +36,7 @@ def merge(
     arithmetic: str | None = None,
     keep: Collection[str] = (),
     container: str | None = None,
+    hashes: bool = True,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -44,7 +45,7 @@ def merge(
 
     bound: user variable -> file. arithmetic: "webui" (stored dtype, rounded per operation and line) or "float32"
     (rounded once); default: the recipe's own. keep: names of intermediate outputs to write too, or "all". container:
-    overrides the recipe's. dry_run: plan and explain from headers, write nothing. LineageError before any tensor is
+    overrides the recipe's. hashes: read the inputs' and outputs' sha256 for the record (most of the work). dry_run: plan and explain from headers, write nothing. LineageError before any tensor is
     read where anything can be refused from headers."""
     began = time.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
@@ -53,12 +54,12 @@ def merge(
     with ExitStack() as stack:
         plan = make_plan(recipe, resolve(recipe, Path(models) if models else None, bound or {}), stack)
         if dry_run:
-            outputs, hashes, warnings = [output_record(plan, i) for i in written], [None for _ in plan.inputs], []
+            outputs, known, warnings = [output_record(plan, i) for i in written], [None for _ in plan.inputs], []
         elif folder is None:
             raise LineageError("merge: no folder to write to. Name one with -o, or look first with --dry-run.")
         else:
-            outputs, hashes, warnings = _run(plan, written, Path(folder), force, stack, progress)
-        return _result(plan, outputs, hashes, warnings, dry_run, time.monotonic() - began)
+            outputs, known, warnings = _run(plan, written, Path(folder), hashes, force, stack, progress)
+        return _result(plan, outputs, known, warnings, dry_run, time.monotonic() - began)
 
 
 def apply(
@@ -117,19 +118,26 @@ def _written(recipe: Recipe, keep: Collection[str]) -> list[int]:
 
 
 def _run(
-    plan: Plan, written: Sequence[int], folder: Path, force: bool, stack: ExitStack, progress: Progress | None
+    plan: Plan,
+    written: Sequence[int],
+    folder: Path,
+    hashed: bool,
+    force: bool,
+    stack: ExitStack,
+    progress: Progress | None,
 ) -> tuple[list[MergeOutput], list[str], list[str]]:
     """Write the outputs of the steps `written`; their records, the sha256 of every input, and new warnings."""
     steps = [plan.recipe.steps[i] for i in written]
     paths = [folder / f"{step.name}.{step.container}" for step in steps]
     _check_targets(paths, plan.originals, folder, force)
-    room = [metadata(plan, i, placeholders(plan)) for i in written]
+    room = [metadata(plan, i, placeholders(plan, hashed)) for i in written]
     check_space(
         folder, sum(file_size(s.container, specs(plan, i), m) for s, i, m in zip(steps, written, room, strict=True))
     )
     before = [_state(path) for path in plan.originals]
     hashing = stack.enter_context(ThreadPoolExecutor(2))
-    hashes = [hashing.submit(file_hash, c.path) for c in plan.inputs]
+    hash_of = file_hash if hashed else (lambda path: "")
+    hashes = [hashing.submit(hash_of, c.path) for c in plan.inputs]
     targets = [stack.enter_context(Target(path)) for path in paths]
     writers = [
         WRITERS[s.container](t.file, specs(plan, i), m)
@@ -142,7 +150,7 @@ def _run(
     for i, writer, target in zip(written, writers, targets, strict=True):
         writer.finish(metadata(plan, i, known))
         target.file.flush()
-    sums = [hashing.submit(sha256, target.part) for target in targets]
+    sums = [hashing.submit(hash_of, target.part) for target in targets]
     for target in targets:
         target.sync()
     digests = [future.result() for future in sums]

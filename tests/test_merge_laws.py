@@ -241,6 +241,19 @@ def test_metadata_accumulates_the_lineage(models, tmp_path):
     assert found["modelspec.title"] == "x"
 
 
+def test_without_hashes_the_tensors_are_the_same_and_the_record_says_so(models, tmp_path):
+    recipe = parse("x = a + b, 0.5, safetensors")
+    result = lineage.merge(recipe, tmp_path / "bare", models=models, hashes=False)
+    lineage.merge(recipe, tmp_path / "full", models=models)
+    bare, full = (safetensors.torch.load_file(tmp_path / n / "x.safetensors") for n in ("bare", "full"))
+    assert_same_bits(bare, full)
+    found = header(tmp_path / "bare" / "x.safetensors")
+    assert json.loads(found["sd_merge_models"]) == {}
+    assert json.loads(found["sd_merge_recipe"])["inputs"]["a"]["sha256"] is None
+    assert [i.sha256 for i in result.inputs] == [None, None]
+    assert result.outputs[0].sha256 is None
+
+
 @pytest.mark.parametrize("nonsense", ["[", "[1]", '"x"', "null", "[" * 10000])
 def test_nonsense_in_a_strangers_metadata_is_no_obstacle(models, tmp_path, nonsense):
     tensors = safetensors.torch.load_file(models / "a.safetensors")
