@@ -45,8 +45,8 @@ def merge(
 
     bound: user variable -> file. arithmetic: "webui" (stored dtype, rounded per operation and line) or "float32"
     (rounded once); default: the recipe's own. keep: names of intermediate outputs to write too, or "all". container:
-    overrides the recipe's. hashes: read the inputs' and outputs' sha256 for the record (most of the work). dry_run: plan and explain from headers, write nothing. LineageError before any tensor is
-    read where anything can be refused from headers."""
+    overrides the recipe's. hashes: read the sha256 of inputs and outputs for the record (most of the work). dry_run:
+    plan and explain from headers, write nothing. LineageError for all that headers can refuse, before a tensor is read."""
     began = time.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     recipe = _overridden(recipe, arithmetic, container)
