@@ -163,9 +163,8 @@ def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
-    print(
-        "| case | program | seconds | / ours | / ours without hashes | / limit | RssAnon, GiB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| case | program | seconds | / ours | / ours without hashes | / limit | RssAnon, GiB |")
+    print("|---|---|---|---|---|---|---|")
     cases = args.cases.split(",")
     if {"pair", "ckpt"} & set(cases):
         pair = [make("sd1", f"merge-{i}", i) for i in range(2)]
