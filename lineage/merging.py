@@ -46,7 +46,7 @@ def merge(
     bound: user variable -> file. arithmetic: "webui" (stored dtype, rounded per operation and line) or "float32"
     (rounded once); default: the recipe's own. keep: names of intermediate outputs to write too, or "all". container:
     overrides the recipe's. hashes: read the sha256 of inputs and outputs for the record (most of the work). dry_run:
-    plan and explain from headers, write nothing. LineageError, before a tensor is read, for all that headers can tell."""
+    plan and explain from headers, write nothing. LineageError, before tensors are read, for all headers can tell."""
     began = time.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     recipe = _overridden(recipe, arithmetic, container)
