@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cli
 import lineage
 from lineage.errors import LineageError
+from lineage.results import load_json
 from train import pictures, pipeline, world
 from train.fit import Plan, encode_latents, fit_autoencoder, pixels, rate, standardise
 from train.muon import orthogonal
@@ -205,11 +208,14 @@ def test_standardised_latents_and_an_unchanged_autoencoder(folder: Path):
     vae = world.blank(TINY, folder).vae
     images = pixels(pictures.gallery(["micah", "dylan"], 8, seed=0))
     with torch.no_grad():
-        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        before = vae.encode(images).latent_dist
+        decoded = vae.decode(before.mean).sample
         standardise(vae, images)
-        after = vae.decode(vae.encode(images).latent_dist.mean).sample
+        after = vae.encode(images).latent_dist
         z = encode_latents(vae, images)
-    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(vae.decode(after.mean).sample, decoded, atol=1e-4, rtol=1e-3)
+    centred = before.mean - before.mean.mean((0, 2, 3), keepdim=True)
+    torch.testing.assert_close(after.mean / after.std, centred / before.std, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
 
@@ -223,9 +229,13 @@ def test_autoencoder_learns(folder: Path):
 
 
 @pytest.mark.slow
-def test_demo_leaves_its_files(folder: Path):
-    made = world.demo(folder, world=TINY)
-    assert made.samples.read_bytes().startswith(b"\x89PNG")
+def test_demo_command_leaves_its_files_and_may_be_called_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(world, "demo", partial(world.demo, world=TINY))
+    assert [cli._exit_code(["demo", "-q", "-o", str(folder)]) for _ in range(2)] == [0, 0]
+    assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "world.json").read_text(encoding="utf-8")) == TINY.to_json()
-    assert made.svd.summary.components["vae"].identical_layers == made.svd.summary.components["vae"].layers
-    assert "Micah Lanier" in made.credits.read_text(encoding="utf-8")
+    assert "Micah Lanier" in (folder / "CREDITS.md").read_text(encoding="utf-8")
+    found = load_json(folder / "svd" / "result.json")
+    assert found["summary"]["components"]["vae"]["frobenius"] == 0
+    assert "</html>" in (folder / "svd" / "report.html").read_text(encoding="utf-8")
+    assert cli._exit_code(["demo", "-q", "-o", str(folder), "--seed", "1"]) == 2

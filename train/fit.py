@@ -29,7 +29,7 @@ class Plan:
     steps: int
     lr: float
     muon_lr: float = 0.0
-    batch: int = 32
+    batch: int = 16
     warmup: int = 20
     weight_decay: float = 0.01
     drop_caption: float = 0.1

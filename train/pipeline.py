@@ -195,7 +195,7 @@ def token_ids(pipeline: Pipeline, captions: Sequence[str]) -> Tensor:
 
 
 def sample(
-    pipeline: Pipeline, prompts: Sequence[str], seed: int, steps: int = 25, guidance: float = 3.0
+    pipeline: Pipeline, prompts: Sequence[str], seed: int, steps: int = 25, guidance: float = 4.0
 ) -> list[Image.Image]:
     """One picture per prompt; prompt i starts from the noise of seed + i, whatever the model."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]

@@ -73,10 +73,10 @@ class World:
 
 DEMO = World(
     models=(
-        Model("vanilla", ("dylan", "micah", "personas", "toon-head"), Plan(steps=450, lr=1e-3, muon_lr=0.02)),
-        Model("vanilla-pixel-art", ("pixel-art",), Plan(steps=200, lr=1e-3), parent="vanilla"),
+        Model("vanilla", ("dylan", "micah", "personas", "toon-head"), Plan(steps=700, lr=1e-3, muon_lr=0.02)),
+        Model("vanilla-pixel-art", ("pixel-art",), Plan(steps=300, lr=7e-4), parent="vanilla"),
     ),
-    autoencoder=Plan(steps=600, lr=2e-3, muon_lr=0.02, batch=16),
+    autoencoder=Plan(steps=600, lr=2e-3, muon_lr=0.02),
 )
 
 PROMPTS = (
