@@ -17,6 +17,7 @@ from lineage.spectrum import (
     solve_factors,
     solve_gram,
     solve_randomized,
+    squared_norms,
 )
 
 SHAPES = [(40, 90), (300, 256), (256, 700)]
@@ -215,3 +216,9 @@ def test_a_gram_that_float32_lapack_gives_up_on_is_solved_in_float64(monkeypatch
     monkeypatch.setattr(torch.linalg, "eigvalsh", give_up)
     (found,) = solve_gram(a)
     torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(a[0].double()), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_squares_are_exact_over_long_rows():
+    a = 0.01 + 0.001 * torch.randn(1, 8, 50_000, generator=torch.Generator().manual_seed(6))
+    truth = float(a.double().square().sum())
+    assert float(squared_norms(a)) == pytest.approx(truth, rel=1e-12)
