@@ -115,8 +115,9 @@ def exact_float32() -> Iterator[None]:
 
 
 def squared_norms(a: Tensor) -> Tensor:
-    """||A||_F^2 of each matrix of a stack (b, m, n): (b,), summed in float64. Float32 sums over long rows are off by more
-    than the certificates allow."""
+    """||A||_F^2 of each matrix of a stack (b, m, n): (b,), summed in float64.
+
+    Float32 sums over long rows are off by more than the certificates allow."""
     return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).square().sum(-1)
 
 
