@@ -32,6 +32,7 @@ class Plan:
     batch: int = 16
     warmup: int = 20
     weight_decay: float = 0.01
+    weight_cap: float = 8.0
     drop_caption: float = 0.1
     drop_tag: float = 0.1
 
@@ -139,20 +140,25 @@ def fit_denoiser(pipeline: Pipeline, pictures: Sequence[Picture], plan: Plan, se
     def loss() -> Tensor:
         chosen = torch.randint(len(pictures), (plan.batch,), generator=generator)
         text = encode_text(pipeline, [caption(pictures[i], plan, generator) for i in chosen.tolist()])
-        return denoising_loss(pipeline, latents[chosen], text, generator)
+        return denoising_loss(pipeline, latents[chosen], text, generator, plan.weight_cap)
 
     pipeline.unet.train()
     yield from descend(parameters, loss, plan)
     pipeline.unet.eval()
 
 
-def denoising_loss(pipeline: Pipeline, latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the predicted noise at uniform timesteps (Ho et al. 2020, eq. 14)."""
+def denoising_loss(
+    pipeline: Pipeline, latents: Tensor, text: Tensor, generator: torch.Generator, cap: float = 1.0
+) -> Tensor:
+    """Mean squared error of the predicted noise at uniform timesteps (Ho et al. 2020, eq. 14), weighted by
+    min(cap, 1 / alpha_bar): without a cap that is the error of v (Salimans & Ho 2022), which counts where only the text
+    can tell the colours; alone it would neglect fine lines."""
     schedule = pipeline.scheduler
     t = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     predicted = pipeline.unet(schedule.add_noise(latents, noise, t), t, text).sample
-    return functional.mse_loss(predicted, noise)
+    weight = (1 / schedule.alphas_cumprod[t]).clamp(max=cap)
+    return (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
 
 
 def caption(picture: Picture, plan: Plan, generator: torch.Generator) -> str:

@@ -73,8 +73,8 @@ class World:
 
 DEMO = World(
     models=(
-        Model("vanilla", ("dylan", "micah", "personas", "toon-head"), Plan(steps=700, lr=1e-3, muon_lr=0.02)),
-        Model("vanilla-pixel-art", ("pixel-art",), Plan(steps=300, lr=7e-4), parent="vanilla"),
+        Model("vanilla", ("dylan", "micah", "personas", "toon-head"), Plan(steps=750, lr=1e-3, muon_lr=0.02)),
+        Model("vanilla-pixel-art", ("pixel-art",), Plan(steps=400, lr=5e-4), parent="vanilla"),
     ),
     autoencoder=Plan(steps=600, lr=2e-3, muon_lr=0.02),
 )
