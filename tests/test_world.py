@@ -19,7 +19,7 @@ import lineage
 from lineage.errors import LineageError
 from lineage.results import load_json
 from train import pictures, pipeline, world
-from train.fit import Plan, encode_latents, fit_autoencoder, pixels, rate, standardise
+from train.fit import Plan, denoising_loss, encode_latents, fit_autoencoder, pixels, rate, standardise
 from train.muon import orthogonal
 from train.pictures import STYLES
 
@@ -218,6 +218,24 @@ def test_standardised_latents_and_an_unchanged_autoencoder(folder: Path):
     torch.testing.assert_close(after.mean / after.std, centred / before.std, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+
+
+def test_uncapped_loss_is_the_error_of_v(folder: Path):
+    made = world.blank(TINY, folder)
+    latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    text = torch.zeros(6, 77, SMALL.text)
+    generator = torch.Generator().manual_seed(2)
+    t = torch.randint(1000, (6,), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    alpha = made.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1).double()
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    with torch.no_grad():
+        predicted = made.unet(noisy.float(), t, text).sample
+        clean = (noisy - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+        error = alpha.sqrt() * (predicted - noise) - (1 - alpha).sqrt() * (clean - latents)
+        for cap, want in ((1.0, (predicted - noise).square().mean()), (1e9, error.square().mean())):
+            got = denoising_loss(made, latents, text, torch.Generator().manual_seed(2), cap)
+            assert float(got) == pytest.approx(float(want), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Muon: momentum whose update is made orthogonal (Jordan et al. 2024), for matrices and flattened conv kernels.
 
-Why it is here: on the tiny autoencoder it reaches in 250 steps what AdamW does not reach in 1,200.
+Why it is here: after 250 steps the tiny autoencoder is off by 0.058 (L1); AdamW takes over 500 to come below 0.08.
 """
 
 from __future__ import annotations
