@@ -1,7 +1,14 @@
 """Rank of fine-tune deltas, model families, merges: from weights alone. Verbs are imported on first use."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lineage.adapters import open_adapter
+    from lineage.checkpoint import open_checkpoint
+    from lineage.delta import svd
+    from lineage.inspection import inspect
+    from lineage.merging import apply, merge
 
 _EXPORTS = {
     "open_checkpoint": "lineage.checkpoint",

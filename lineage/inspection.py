@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lineage.adapters import is_adapter, kind_of
-from lineage.checkpoint import Checkpoint, open_checkpoint, sha256, short_hash
+from lineage.checkpoint import Checkpoint, open_checkpoint, sha256, short_hash, size
 from lineage.keys import Param
 from lineage.raw import Spec
 from lineage.results import ComponentFacts, InspectResult, provenance
@@ -21,10 +21,10 @@ RECORD_PREFIXES = ("modelspec.", "ss_", "sshs_")
 def inspect(path: str | os.PathLike) -> InspectResult:
     """Layout, architecture, prediction type, components, dtypes, hashes and metadata of a model or adapter file.
 
-    Tensors are not read, except for the hashes of a single file. FileError where it cannot be read."""
+    Tensors are not read, except for the hashes. FileError where it cannot be read."""
     path = Path(path)
     with open_checkpoint(path) as checkpoint:
-        file, adapter = path.is_file(), is_adapter(path)
+        adapter = is_adapter(path)
         return InspectResult(
             provenance("inspect", {"file": {"path": path.name}}),
             name=path.name,
@@ -32,9 +32,9 @@ def inspect(path: str | os.PathLike) -> InspectResult:
             architecture=f"adapter:{kind_of(checkpoint.raw)}" if adapter else checkpoint.architecture,
             prediction_type=checkpoint.prediction_type,
             zero_terminal_snr=checkpoint.zero_terminal_snr,
-            bytes=sum(f.stat().st_size for f in ([path] if file else path.rglob("*")) if f.is_file()),
-            sha256=sha256(path) if file else None,
-            short_hash=short_hash(path) if file else None,
+            bytes=size(path),
+            sha256=sha256(path),
+            short_hash=short_hash(path) if path.is_file() else None,
             components=_components(checkpoint),
             tensors=len(checkpoint.raw),
             parameters=sum(p.numel for p in checkpoint.specs.values()),

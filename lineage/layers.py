@@ -17,8 +17,9 @@ LEADING = 256  # singular values kept per layer
 
 
 def matrix_shape(p: Param) -> tuple[int, int]:
-    """(out, in * kh * kw), as adapters see a weight; vectors are columns."""
-    return p.shape[0], p.numel // p.shape[0]
+    """(out, in * kh * kw), as adapters see a weight; vectors are columns, a lone number is (1, 1)."""
+    rows = p.shape[0] if p.shape else 1
+    return rows, p.numel // rows
 
 
 @dataclass(frozen=True)

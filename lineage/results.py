@@ -190,7 +190,7 @@ class InspectResult:
     prediction_type: str | None
     zero_terminal_snr: bool
     bytes: int
-    sha256: str | None
+    sha256: str
     short_hash: str | None
     components: dict[str, ComponentFacts]
     tensors: int

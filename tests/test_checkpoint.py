@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import struct
+import tempfile
 from collections import OrderedDict
 from importlib import import_module
 from pathlib import Path
@@ -287,3 +288,14 @@ def test_hashes(tmp_path: Path):
     (tmp_path / "m").write_bytes(data)
     assert sha256(tmp_path / "m") == hashlib.sha256(data).hexdigest()
     assert short_hash(tmp_path / "m") == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_the_hash_of_a_folder_is_of_its_names_and_contents(tmp_path: Path):
+    def digest(**files: bytes) -> str:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return sha256(folder)
+
+    assert digest(a=b"1", b=b"2") == digest(b=b"2", a=b"1")
+    assert len({digest(a=b"1", b=b"2"), digest(a=b"2", b=b"1"), digest(a=b"1"), digest(c=b"1", b=b"2")}) == 4

@@ -42,19 +42,6 @@ def pair(tmp_path):
 
 
 @pytest.fixture
-def call(capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
-
-@pytest.fixture
 def fake_svd(monkeypatch):
     def put(function):
         monkeypatch.setitem(vars(lineage), "svd", function)

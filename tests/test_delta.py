@@ -214,3 +214,17 @@ def test_an_untrained_adapter_changes_nothing(adapter, tmp_path):
 def test_a_whole_model_needs_its_base(pair):
     with pytest.raises(LineageError, match="base is needed"):
         lineage.svd(None, pair[1])
+
+
+def test_lone_numbers_are_vectors_and_empty_tensors_are_listed(tmp_path):
+    for name, value in (("base", 1.0), ("tuned", 3.5)):
+        tensors = {"scale": torch.tensor(value), "none": torch.zeros(0, 4), "w": torch.full((70, 70), value)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    result = lineage.svd(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    assert [(v.name, v.frobenius, v.relative) for v in result.vectors] == [("scale", 2.5, 2.5)]
+    assert result.unmatched == ({"name": "none", "side": "both", "reason": "has no entries"},)
+    assert not result.notes
+
+
+def test_the_page_is_told_that_the_edge_may_be_conservative(pair):
+    assert any("conservative" in note for note in lineage.svd(*pair[:2]).notes)

@@ -10,19 +10,6 @@ import torch
 from test_merging import SHAPES, save, tiny
 from test_recipe import DIFFERENCE, MODELS
 
-import cli
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*args) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(a) for a in args])
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
 
 @pytest.fixture
 def zoo(tmp_path):

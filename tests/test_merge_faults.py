@@ -18,13 +18,8 @@ import lineage
 from lineage.errors import LineageError
 from lineage.recipe import parse
 
+pytestmark = pytest.mark.usefixtures("no_sync")
 RECIPE = parse("x = a + b, 0.5, safetensors")
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-    """Nothing here is about power failures, and syncing a busy disk is slow."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture

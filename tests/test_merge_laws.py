@@ -21,6 +21,7 @@ from lineage.errors import LineageError
 from lineage.recipe import coefficients, parse
 from lineage.recipe_toml import parse_toml
 
+pytestmark = pytest.mark.usefixtures("no_sync")
 QUERY = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 CONV = f"{UNET}middle_block.0.in_layers.2.weight"
 
@@ -29,12 +30,6 @@ def model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A model with plain Gaussian weights."""
     g = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in SHAPES.items()}
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-    """Nothing here is about power failures, and syncing a busy disk is slow."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ import lineage
 from lineage.errors import LineageError
 from lineage.recipe import parse
 
+pytestmark = pytest.mark.usefixtures("no_sync")
+
 UNET = "model.diffusion_model."
 TEXT = "cond_stage_model.transformer.text_model."
 NAI_TEXT = "cond_stage_model.transformer."
@@ -62,12 +64,6 @@ def save(tensors: dict[str, Tensor], path: Path) -> Path:
     else:
         torch.save({"state_dict": tensors, "global_step": 3} if "nested" not in path.name else tensors, path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_sync(monkeypatch):
-    """Nothing here is about power failures, and syncing a busy disk is slow."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")

