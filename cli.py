@@ -181,9 +181,11 @@ def svd(run: Run, models: Sequence[Path], components: tuple[str, ...], rank: int
     (LoRA, LoCon, LoHa, LoKr); then BASE is optional.
     """
     import lineage
+    from lineage.hashing import begin
 
     if len(models) > 2:
         raise click.UsageError(f"{len(models)} models given: BASE TUNED, or one adapter file.")
+    begin(*models)  # before torch is imported
     base, tuned = models[0] if len(models) == 2 else None, models[-1]
     options = {"rank": rank, "components": components or None, "solver": solver, "tolerance": tolerance}
     with run.progress() as progress:
@@ -258,7 +260,7 @@ def apply(run: Run, model: Path, adapters: Sequence[str], half: bool) -> None:
     """
     import lineage
 
-    weights = dict(_weighted(text) for text in adapters)
+    weights: dict[str | Path, float] = dict(_weighted(text) for text in adapters)
     assert run.folder is not None
     with run.progress() as progress:
         run.show(lineage.apply(model, weights, run.folder, half=half, force=run.force, progress=progress))

@@ -6,7 +6,6 @@ its format allows; `close` drops the maps, so that the file can be replaced (Win
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from lineage.errors import FileError
 from lineage.keys import EMA_PREFIX, Param, architecture_of, canonical, layout_of
 from lineage.raw import Raw, Spec, open_parts
 
-__all__ = ["Checkpoint", "Spec", "open_checkpoint", "sha256", "short_hash"]
+__all__ = ["Checkpoint", "Spec", "open_checkpoint"]
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -130,25 +129,3 @@ def _text(path: Path) -> str:
             return f.read(2**20)
     except OSError:
         return ""
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes, hexadecimal; of a folder: of the lines "<sha256>  <relative path>" of its files."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted((f.relative_to(path).as_posix(), f) for f in path.rglob("*") if f.is_file())
-        return hashlib.sha256("".join(f"{sha256(f)}  {name}\n" for name, f in files).encode()).hexdigest()
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-
-
-def short_hash(path: str | os.PathLike) -> str:
-    """The web UI's old 8-digit hash: of bytes 0x100000 to 0x110000."""
-    with open(path, "rb") as f:
-        f.seek(0x100000)
-        return hashlib.sha256(f.read(0x10000)).hexdigest()[:8]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from joblib import Parallel, delayed
 from torch import Tensor
 
 from lineage.adapters import Factors, bind, is_adapter, open_adapter
-from lineage.checkpoint import Checkpoint, open_checkpoint, sha256, size
+from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.claim import summarise
 from lineage.errors import LineageError
+from lineage.hashing import begin, sha256, size
 from lineage.keys import Param, match
 from lineage.layers import Facts, Seen, Sums, matrix_shape
 from lineage.results import LayerSpectrum, SvdResult, VectorDelta, provenance
@@ -112,10 +112,10 @@ def svd(
     options = Options(rank, chosen, solver, pick_device(device), tolerance, progress)
     start = time.monotonic()
     paths = {"base": base, "tuned": tuned} if base is not None else {"tuned": tuned}
-    with ThreadPoolExecutor(1) as pool, exact_float32(), torch.inference_mode():
-        identities = {role: pool.submit(identify, Path(path)) for role, path in paths.items()}
+    begin(*paths.values())
+    with exact_float32(), torch.inference_mode():
         found = _measure(base, tuned, options)
-        inputs = {role: identity.result() for role, identity in identities.items()}
+    inputs = {role: identify(Path(path)) for role, path in paths.items()}
     return SvdResult(
         provenance("svd", inputs, str(options.device), seconds=round(time.monotonic() - start, 3)),
         Path(base).name if base is not None else "",

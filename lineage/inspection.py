@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lineage.adapters import is_adapter, kind_of
-from lineage.checkpoint import Checkpoint, open_checkpoint, sha256, short_hash, size
+from lineage.checkpoint import Checkpoint, open_checkpoint
+from lineage.hashing import sha256, short_hash, size
 from lineage.keys import Param
 from lineage.raw import Spec
 from lineage.results import ComponentFacts, InspectResult, provenance

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lineage.checkpoint import Checkpoint, sha256, short_hash
+from lineage.checkpoint import Checkpoint
+from lineage.hashing import sha256, short_hash
 from lineage.merge_plan import Plan
 
 _ARCHITECTURES = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from lineage.checkpoint import Checkpoint
 from lineage.errors import FileError, LineageError
+from lineage.hashing import begin
 from lineage.merge_metadata import file_hash, metadata, placeholders
 from lineage.merge_plan import Plan, make_plan, warnings_of
 from lineage.merge_report import input_records, output_record, overflow_warnings, specs, step_records
@@ -135,9 +135,9 @@ def _run(
         folder, sum(file_size(s.container, specs(plan, i), m) for s, i, m in zip(steps, written, room, strict=True))
     )
     before = [_state(path) for path in plan.originals]
-    hashing = stack.enter_context(ThreadPoolExecutor(2))
     hash_of = file_hash if hashed else (lambda path: "")
-    hashes = [hashing.submit(hash_of, c.path) for c in plan.inputs]
+    if hashed:
+        begin(*(c.path for c in plan.inputs))
     targets = [stack.enter_context(Target(path)) for path in paths]
     writers = [
         WRITERS[s.container](t.file, specs(plan, i), m)
@@ -146,14 +146,15 @@ def _run(
     outputs = [Output(plan.steps[i].table, w, _originals(plan, i)) for i, w in zip(written, writers, strict=True)]
     with ExitStack() as readers:
         stream(outputs, [_reader(c, readers) for c in plan.inputs], progress)
-    known = [future.result() for future in hashes]
+    known = [hash_of(c.path) for c in plan.inputs]
     for i, writer, target in zip(written, writers, targets, strict=True):
         writer.finish(metadata(plan, i, known))
         target.file.flush()
-    sums = [hashing.submit(hash_of, target.part) for target in targets]
+    if hashed:
+        begin(*(target.part for target in targets))
     for target in targets:
         target.sync()
-    digests = [future.result() for future in sums]
+    digests = [hash_of(target.part) for target in targets]
     _check_unchanged(plan.originals, before)
     for target in targets:
         target.commit()

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lineage.checkpoint import sha256, short_hash
 from lineage.errors import LineageError
+from lineage.hashing import sha256, short_hash
 from lineage.recipe import Operand, Recipe, RecipeError, did_you_mean
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")

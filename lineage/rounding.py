@@ -5,6 +5,8 @@ An entry w stored with spacing ulp(w) carries an error uniform on ulp [-1/2, 1/2
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,23 @@ SPIKE = 0.25  # of the edge: an entry whose error can reach it may stand out of 
 SPIKE_SIZE = 0.8  # of that error at its largest; two errors of one size exceed it together in 4 of 100 draws
 KRYLOV_BLOCK, KRYLOV_DEPTH = 16, 8
 
-_MASKS = {torch.float16: (torch.int16, 0x7C00), torch.bfloat16: (torch.int16, 0x7F80)}
+_BITS = {  # integer of the same size, mask of the exponent, its shift to bfloat16's place, its bias
+    torch.float16: (torch.int16, 0x7C00, 3, 15),
+    torch.bfloat16: (torch.int16, 0x7F80, 0, 127),
+    torch.float32: (torch.int32, 0x7F800000, 16, 127),
+}
 
 
-def binade(w: Tensor) -> Tensor:
-    """2^floor(log2 |w|) of each entry, at least the smallest normal number of its dtype; float16, bfloat16 or float32.
-
-    ulp(w) is this times finfo(w.dtype).eps, subnormals and zeros included."""
-    if w.dtype not in _MASKS:
-        tiny = torch.finfo(w.dtype).smallest_normal
-        w = w.to(torch.float32)
-        integer, mask = torch.int32, 0x7F800000
-    else:
-        tiny = torch.finfo(w.dtype).smallest_normal
-        integer, mask = _MASKS[w.dtype]
-    return w.view(integer).bitwise_and(mask).view(w.dtype).clamp_min_(tiny)
+def ulp(w: Tensor) -> Tensor:
+    """Spacing of each entry's dtype at that entry, subnormals and zeros included: a power of two, in bfloat16, which
+    holds it exactly from 2^-126 on; below that 2^-126."""
+    info = torch.finfo(w.dtype)
+    wide = w if w.dtype in _BITS else w.float()
+    integer, mask, shift, bias = _BITS[wide.dtype]
+    digits = -round(math.log2(info.eps))
+    lowest = max(round(math.log2(info.smallest_normal)), digits - 126)
+    exponent = wide.view(integer).bitwise_and(mask).bitwise_right_shift_(shift).to(torch.int16)
+    return exponent.clamp_min_((lowest + bias) << 7).add_((127 - bias - digits) << 7).view(torch.bfloat16)
 
 
 class Noise:
@@ -51,9 +55,9 @@ class Noise:
         energy = torch.zeros(len(base), dtype=torch.float64, device=base.device)
         uniform = [pool[: base[0].numel()].view(base.shape[1:]) for pool in self._pools]
         for rows in row_blocks(base):
-            steps = [binade(w[:, rows]).float().to(noise.dtype).mul_(torch.finfo(w.dtype).eps) for w in (base, tuned)]
+            steps = [ulp(w[:, rows]) for w in (base, tuned)]
             for step in steps:
-                energy += squared_norms(step.float()) / 12
+                energy += squared_norms(step) / 12
             torch.mul(steps[0], uniform[0][rows], out=noise[:, rows])
             noise[:, rows].addcmul_(steps[1], uniform[1][rows])
         return noise, energy
@@ -76,13 +80,13 @@ def _largest_step(w: Tensor) -> Tensor:
     """ulp of the entry of largest magnitude of each matrix (b, m, n): (b,) float64."""
     wide = w if w.element_size() > 1 else w.float()
     top = torch.stack([torch.stack(torch.aminmax(matrix)).abs().amax() for matrix in wide])
-    return binade(top.to(w.dtype)).double() * torch.finfo(w.dtype).eps
+    return ulp(top.to(w.dtype)).double()
 
 
 def _harden(noise: Tensor, base: Tensor, tuned: Tensor, found: float) -> None:
     """Raise, in place, the noise (m, n) of entries whose error alone can reach SPIKE x the edge `found`."""
     for rows in row_blocks(noise[None]):
-        steps = [binade(w[rows]).float().mul_(torch.finfo(w.dtype).eps) for w in (base, tuned)]
+        steps = [ulp(w[rows]).float() for w in (base, tuned)]
         worst = (steps[0] + steps[1]) / 2
         drawn = noise[rows].float()
         raised = torch.maximum(drawn.abs(), SPIKE_SIZE * worst).copysign(drawn)
@@ -102,15 +106,18 @@ def edge(noise: Tensor) -> Tensor:
     if min(noise.shape[-2:]) <= KRYLOV_BLOCK * KRYLOV_DEPTH:
         return margin(noise.shape) * torch.linalg.svdvals(noise.float())[..., 0].double()
     wide = noise if noise.shape[-2] <= noise.shape[-1] else noise.mT
-    block = torch.randn(wide.shape[-2], KRYLOV_BLOCK, generator=torch.Generator().manual_seed(3)).to(wide.device)
-    basis = torch.linalg.qr(block).Q.expand(len(wide), -1, -1)
-    for _ in range(KRYLOV_DEPTH - 1):
-        block = product(wide, product(wide.mT, basis[..., -KRYLOV_BLOCK:].to(wide.dtype))).float()
+    start = torch.randn(wide.shape[-2], KRYLOV_BLOCK, generator=torch.Generator().manual_seed(3)).to(wide.device)
+    basis, images = torch.linalg.qr(start).Q.expand(len(wide), -1, -1), []
+    while True:
+        images.append(product(wide, product(wide.mT, basis[..., -KRYLOV_BLOCK:].to(wide.dtype))).float())
+        if len(images) == KRYLOV_DEPTH:
+            break
+        block = images[-1]
         for _ in range(2):  # once is not enough in float32
             block = block - product(basis, product(basis.mT, block))
         basis = torch.cat([basis, torch.linalg.qr(block).Q], -1)
-    image = product(basis.mT.to(wide.dtype), wide).float()
-    return margin(noise.shape) * torch.linalg.eigvalsh(product(image, image.mT).double())[..., -1].clamp_min(0).sqrt()
+    ritz = product(basis.mT, torch.cat(images, -1)).double()
+    return margin(noise.shape) * torch.linalg.eigvalsh((ritz + ritz.mT) / 2)[..., -1].clamp_min(0).sqrt()
 
 
 def clean(singular_values: Tensor, noise_energy: float, shape: tuple[int, int], rank: int) -> Tensor:

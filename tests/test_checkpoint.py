@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lineage
-from lineage.checkpoint import sha256, short_hash
 from lineage.errors import LineageError
+from lineage.hashing import begin, sha256, short_hash
 
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64),
@@ -288,6 +288,16 @@ def test_hashes(tmp_path: Path):
     (tmp_path / "m").write_bytes(data)
     assert sha256(tmp_path / "m") == hashlib.sha256(data).hexdigest()
     assert short_hash(tmp_path / "m") == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_a_hash_begun_early_is_of_the_file_as_it_is_when_asked_for(tmp_path: Path):
+    file = tmp_path / "m"
+    file.write_bytes(b"old")
+    begin(file, tmp_path / "missing", tmp_path)
+    assert sha256(file) == hashlib.sha256(b"old").hexdigest()
+    begin(file)
+    file.write_bytes(b"newer")
+    assert sha256(file) == hashlib.sha256(b"newer").hexdigest()
 
 
 def test_the_hash_of_a_folder_is_of_its_names_and_contents(tmp_path: Path):

@@ -206,7 +206,7 @@ def test_names_are_resolved_exactly_or_refused(models, line):
 def test_names_may_be_stems_files_hashes_paths_or_bound(models, tmp_path):
     digest = lineage.merge(RECIPE, models=models, dry_run=True).inputs  # hashes are not computed in a dry run
     assert [i.sha256 for i in digest] == [None, None]
-    from lineage.checkpoint import sha256
+    from lineage.hashing import sha256
 
     full = sha256(models / "b.safetensors")
     expected = None

@@ -16,8 +16,8 @@ from test_merging import SHAPES, TEXT, UNET, assert_same_bits, save
 from torch import Tensor, nn
 
 import lineage
-from lineage.checkpoint import sha256, short_hash
 from lineage.errors import LineageError
+from lineage.hashing import sha256, short_hash
 from lineage.recipe import coefficients, parse
 from lineage.recipe_toml import parse_toml
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lineage.rounding import Noise, binade, clean, edge, margin
+from lineage.rounding import Noise, clean, edge, margin, ulp
 
 HALVES = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -14,16 +14,16 @@ def test_ulp_is_the_distance_to_the_next_number(dtype):
     w = torch.tensor([1.0, 1.4, 1.9, 2.0, 3.3, 0.017, 1e-3, 100.0]).to(dtype)
     bits = w.view(integer)
     gap = (bits + 1).view(dtype).double() - w.double()
-    found = binade(w).double() * torch.finfo(dtype).eps
-    assert torch.equal(found, gap)
-    assert torch.equal(binade((-w.float()).to(dtype)), binade(w))
+    assert torch.equal(ulp(w).double(), gap)
+    assert torch.equal(ulp((-w.float()).to(dtype)), ulp(w))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_ulp_of_subnormals_and_zero_is_the_smallest_number(dtype):
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_ulp_of_subnormals_and_zero_is_the_smallest_number_as_far_as_it_can_be_told(dtype):
     info = torch.finfo(dtype)
-    w = torch.tensor([0.0, info.smallest_normal / 4], dtype=torch.float64).to(dtype)
-    assert torch.equal(binade(w).double() * info.eps, torch.full((2,), info.smallest_normal * info.eps).double())
+    w = torch.tensor([0.0, info.smallest_normal / 4, -info.smallest_normal], dtype=torch.float64).to(dtype)
+    smallest = max(info.smallest_normal * info.eps, 2.0**-126)
+    assert torch.equal(ulp(w).double(), torch.full((3,), smallest).double())
 
 
 @pytest.mark.parametrize(("dtype", "excess"), [(d, 0.02 if d.itemsize == 2 else 0.2) for d in HALVES if d.itemsize < 4])
