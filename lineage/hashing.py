@@ -56,7 +56,7 @@ def size(path: Path) -> int:
 def _key(path: Path) -> tuple:
     """A file as it is now: what is hashed in the background is not taken for what was written there since."""
     found = path.stat()
-    return os.path.abspath(path), found.st_size, found.st_mtime_ns
+    return os.path.realpath(path), found.st_size, found.st_mtime_ns
 
 
 def _digest(path: Path) -> str:

@@ -52,7 +52,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, paths: Mapping[str, Path], stack: ExitStack) -> Plan:
     """Open every input once (closed by `stack`) and plan every step; LineageError for all that headers can refuse."""
-    originals = [o.text for s in recipe.steps for o in s.references if o.step is None]
+    originals = recipe.originals
     adapters = {o.text: paths[o.text] for s in recipe.steps for o, _ in s.adapters}
     unique = list(dict.fromkeys(paths[name].resolve() for name in originals))
     inputs = tuple(stack.enter_context(open_checkpoint(path)) for path in unique)

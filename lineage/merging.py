@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lineage.checkpoint import Checkpoint
 from lineage.errors import FileError, LineageError
 from lineage.hashing import begin
-from lineage.merge_metadata import file_hash, metadata, placeholders
-from lineage.merge_plan import Plan, make_plan, warnings_of
-from lineage.merge_report import input_records, output_record, overflow_warnings, specs, step_records
-from lineage.plan import Table
-from lineage.raw import SafetensorsRaw
 from lineage.recipe import Operand, Place, Recipe, Step, did_you_mean, parse
 from lineage.recipe_toml import parse_toml
 from lineage.resolution import resolve
-from lineage.results import MergeOutput, MergeResult, provenance
-from lineage.streaming import FileReader, Output, Reader, TensorReader, stream
-from lineage.target import Target, check_space
-from lineage.writer import WRITERS, file_size
+from lineage.results import MergeResult
 
 Progress = Callable[[int, int, str], None]
 
@@ -51,15 +41,19 @@ def merge(
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))
     recipe = _overridden(recipe, arithmetic, container)
     written = _written(recipe, keep)
-    with ExitStack() as stack:
-        plan = make_plan(recipe, resolve(recipe, Path(models) if models else None, bound or {}), stack)
-        if dry_run:
-            outputs, known, warnings = [output_record(plan, i) for i in written], [None for _ in plan.inputs], []
-        elif folder is None:
-            raise LineageError("merge: no folder to write to. Name one with -o, or look first with --dry-run.")
-        else:
-            outputs, known, warnings = _run(plan, written, Path(folder), hashes, force, stack, progress)
-        return _result(plan, outputs, known, warnings, dry_run, time.monotonic() - began)
+    paths = resolve(recipe, Path(models) if models else None, bound or {})
+    if hashes and not dry_run:
+        begin(*{paths[name].resolve() for name in recipe.originals})
+    from lineage import merge_run  # only now, as it imports torch: the hashes are under way meanwhile
+
+    if dry_run:
+        result = merge_run.explain(recipe, paths, written)
+    elif folder is None:
+        raise LineageError("merge: no folder to write to. Name one with -o, or look first with --dry-run.")
+    else:
+        result = merge_run.run(recipe, paths, written, Path(folder), hashed=hashes, force=force, progress=progress)
+    seconds = round(time.monotonic() - began, 3)
+    return replace(result, provenance=replace(result.provenance, seconds=seconds))
 
 
 def apply(
@@ -115,111 +109,3 @@ def _written(recipe: Recipe, keep: Collection[str]) -> list[int]:
         if name not in names:
             raise LineageError(f"--keep {name}: the recipe makes no such output. {did_you_mean(name, names)}")
     return sorted({*recipe.results, *(names.index(name) for name in keep)})
-
-
-def _run(
-    plan: Plan,
-    written: Sequence[int],
-    folder: Path,
-    hashed: bool,
-    force: bool,
-    stack: ExitStack,
-    progress: Progress | None,
-) -> tuple[list[MergeOutput], list[str], list[str]]:
-    """Write the outputs of the steps `written`; their records, the sha256 of every input, and new warnings."""
-    steps = [plan.recipe.steps[i] for i in written]
-    paths = [folder / f"{step.name}.{step.container}" for step in steps]
-    _check_targets(paths, plan.originals, folder, force)
-    room = [metadata(plan, i, placeholders(plan, hashed)) for i in written]
-    check_space(
-        folder, sum(file_size(s.container, specs(plan, i), m) for s, i, m in zip(steps, written, room, strict=True))
-    )
-    before = [_state(path) for path in plan.originals]
-    hash_of = file_hash if hashed else (lambda path: "")
-    if hashed:
-        begin(*(c.path for c in plan.inputs))
-    targets = [stack.enter_context(Target(path)) for path in paths]
-    writers = [
-        WRITERS[s.container](t.file, specs(plan, i), m)
-        for s, t, i, m in zip(steps, targets, written, room, strict=True)
-    ]
-    outputs = [Output(plan.steps[i].table, w, _originals(plan, i)) for i, w in zip(written, writers, strict=True)]
-    with ExitStack() as readers:
-        stream(outputs, [_reader(c, readers) for c in plan.inputs], progress)
-    known = [hash_of(c.path) for c in plan.inputs]
-    for i, writer, target in zip(written, writers, targets, strict=True):
-        writer.finish(metadata(plan, i, known))
-        target.file.flush()
-    if hashed:
-        begin(*(target.part for target in targets))
-    for target in targets:
-        target.sync()
-    digests = [hash_of(target.part) for target in targets]
-    _check_unchanged(plan.originals, before)
-    for target in targets:
-        target.commit()
-    records = [output_record(plan, *row) for row in zip(written, paths, digests, outputs, strict=True)]
-    return records, known, [w for i, o in zip(written, outputs, strict=True) for w in overflow_warnings(plan, i, o)]
-
-
-def _originals(plan: Plan, i: int) -> dict[int, Table]:
-    return {j: plan.tables[j] for j in plan.sources(i)}
-
-
-def _reader(checkpoint: Checkpoint, stack: ExitStack) -> Reader:
-    """Ranges straight from the file where its bytes lie in the open; else from the tensors that the checkpoint maps."""
-    raw = checkpoint.raw
-    if not isinstance(raw, SafetensorsRaw):
-        return TensorReader(raw)
-    reader = FileReader(raw.path, {name: (s.offset or 0, s.dtype) for name, s in raw.specs.items()})
-    stack.callback(reader.close)
-    return reader
-
-
-def _check_targets(paths: Sequence[Path], originals: Sequence[Path], folder: Path, force: bool) -> None:
-    for path in paths:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise FileError(path, "lies outside the output folder.", "Name the output otherwise.")
-        if any(path.exists() and original.exists() and path.samefile(original) for original in originals):
-            raise FileError(path, "is an input of this merge.", "Name another folder with -o.")
-        if path.exists() and not force:
-            raise FileError(path, "exists already.", "Name another folder with -o, or add --force.")
-
-
-def _state(path: Path) -> list[tuple[int, int, int]]:
-    """Size, time of change and identity of a file, or of every file in a folder."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [(s.st_size, s.st_mtime_ns, s.st_ino) for s in (file.stat() for file in files)]
-
-
-def _check_unchanged(originals: Sequence[Path], before: Sequence[list[tuple[int, int, int]]]) -> None:
-    for path, state in zip(originals, before, strict=True):
-        try:
-            now = _state(path)
-        except OSError:
-            now = None
-        if now != state:
-            raise FileError(path, "changed while it was read.", "Nothing was written. Run again when it is at rest.")
-
-
-def _result(
-    plan: Plan,
-    outputs: Sequence[MergeOutput],
-    hashes: Sequence[str | None],
-    warnings: Sequence[str],
-    dry_run: bool,
-    seconds: float,
-) -> MergeResult:
-    inputs = input_records(plan, hashes)
-    files = {i.name: {"path": i.file, "sha256": i.sha256, "bytes": i.bytes} for i in inputs}
-    return MergeResult(
-        provenance=provenance("merge", files, seconds=seconds),
-        recipe=plan.recipe.text,
-        recipe_name=plan.recipe.source,
-        arithmetic=plan.recipe.arithmetic,
-        dry_run=dry_run,
-        inputs=inputs,
-        steps=step_records(plan),
-        outputs=tuple(outputs),
-        warnings=(*warnings_of(plan), *warnings),
-    )

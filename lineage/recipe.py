@@ -119,6 +119,11 @@ class Recipe:
         used = {ref.step for step in self.steps for ref in step.references}
         return tuple(i for i in range(len(self.steps)) if i not in used)
 
+    @property
+    def originals(self) -> list[str]:
+        """The operands that are models of their own, as written; one for each mention."""
+        return [ref.text for step in self.steps for ref in step.references if ref.step is None]
+
 
 def parse(text: str, source: str = "recipe") -> Recipe:
     """Recipe text -> Recipe. RecipeError with line and column where the text is not exactly of the grammar."""

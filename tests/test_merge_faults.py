@@ -42,7 +42,7 @@ from pathlib import Path
 import safetensors.torch, torch
 import lineage
 from lineage.recipe import parse
-import lineage.merging
+import lineage.merge_run
 
 os.fsync = lambda handle: None  # a kill is no power failure
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
@@ -221,9 +221,9 @@ def test_names_may_be_stems_files_hashes_paths_or_bound(models, tmp_path):
 
 
 def test_planning_reads_no_tensor(models, monkeypatch):
-    from lineage import merging
+    from lineage import merge_run
 
-    monkeypatch.setattr(merging, "stream", None)
+    monkeypatch.setattr(merge_run, "stream", None)
     result = lineage.merge(RECIPE, models=models, dry_run=True)
     assert result.dry_run
     assert result.outputs[0].file is None
