@@ -88,6 +88,7 @@ class Joined(Raw):
     """Several files as one; names get their part's prefix."""
 
     def __init__(self, path: Path, parts: list[tuple[str, Raw]]):
+        self.named = parts
         self.parts = [part for _, part in parts]
         self.metadata = {k: v for part in self.parts for k, v in part.metadata.items()}
         self.specs, self._where = {}, {}

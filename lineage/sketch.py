@@ -1,0 +1,96 @@
+"""CountSketch of a model's weights: few numbers per block whose distances are the weights' distances, nearly.
+
+Linear: the sketch of a A + b B is a sketch(A) + b sketch(B). A parameter's hash depends on its canonical name and on
+positions inside it alone, so the same parameter meets the same slots in any file, layout and dtype. Charikar, Chen &
+Farach-Colton 2002; here signs and slots are structured, so that whole rows are added at once: a row of entries takes
+its signs from a random place of one fixed sequence, is shifted cyclically by a random amount, and one fixed permutation
+scatters the sum. Two entries share a slot with probability 1 / slots, with independent signs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SLOTS = 1 << 16  # of one model
+LEAST = 16  # slots of one block
+ROW = 1 << 15  # entries hashed at once: in float32 they and their signs stay in the processor's cache
+_POOL = 1 << 17
+_GRID = 2.0**40  # sums of such multiples are exact in float64, whatever their order
+
+
+def allocate(entries: Mapping[str, int], slots: int = SLOTS) -> dict[str, int]:
+    """Slots of each block: powers of two, in proportion to its entries as nearly as they allow, at least LEAST.
+
+    entries: block -> how many. Powers of two fold into one another, so files whose blocks differ a little still
+    compare. ValueError where there are too many blocks for that."""
+    given = dict.fromkeys(sorted(entries), LEAST)
+    left = slots - LEAST * len(given)
+    if left < 0:
+        raise ValueError(f"{len(given)} blocks for {slots} slots")
+    queue = [(-entries[block] / LEAST, block) for block in given]
+    heapq.heapify(queue)
+    while queue:
+        load, block = heapq.heappop(queue)
+        if given[block] <= left:
+            left -= given[block]
+            given[block] *= 2
+            heapq.heappush(queue, (load / 2, block))
+    return given
+
+
+def fold(sketch: NDArray, slots: int) -> NDArray:
+    """A sketch (..., m) as it would be with fewer slots (..., slots); both powers of two."""
+    return sketch.reshape(*sketch.shape[:-1], -1, slots).sum(-2)
+
+
+class Hash:
+    """The hash of one parameter into `slots` (a power of two, at most SLOTS). `add` its rows in order, then `sketch`.
+
+    name: canonical; entries: of the parameter; seed: of the whole family of hashes."""
+
+    def __init__(self, name: str, entries: int, slots: int, seed: int = 0):
+        draws = _philox(f"{seed} {name}").random_raw(max(1, -(-entries // ROW)))
+        self._from = (draws % np.uint64(_POOL)).tolist()
+        self._shift = (draws // np.uint64(_POOL) % np.uint64(SLOTS)).tolist()
+        self._sign = (1 - 2 * (draws >> np.uint64(63)).astype(np.int64)).tolist()
+        self._signs = _signs(seed)
+        self._slots, self._single, self._rows = slots, entries <= ROW, 0
+        self._sum = torch.zeros(SLOTS + ROW)
+
+    def add(self, row: Tensor) -> None:
+        """The next ROW entries (the last row may be shorter), (n,) float32."""
+        i, self._rows = self._rows, self._rows + 1
+        start, at = self._shift[i], self._from[i]
+        self._sum[start : start + len(row)].addcmul_(row, self._signs[at : at + len(row)], value=self._sign[i])
+
+    def sketch(self) -> NDArray[np.float64]:
+        """(slots,) float64, on a grid on which sums of sketches are exact."""
+        self._sum[:ROW] += self._sum[SLOTS:]
+        scattered = self._sum.numpy()[_permutation()]
+        return np.rint(scattered[:SLOTS].astype(np.float64).reshape(-1, self._slots).sum(0) * _GRID) / _GRID
+
+
+def _philox(text: str) -> np.random.Philox:
+    """A counter-based generator, the same on every system."""
+    return np.random.Philox(
+        key=int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest())
+    )
+
+
+@cache
+def _signs(seed: int) -> Tensor:
+    raw = _philox(f"signs {seed}").random_raw((_POOL + ROW) // 64).view(np.uint8)
+    return torch.from_numpy(np.unpackbits(raw)).float().mul_(2).sub_(1)
+
+
+@cache
+def _permutation() -> NDArray[np.int64]:
+    return np.argsort(_philox("permutation").random_raw(SLOTS), kind="stable")
