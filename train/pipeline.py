@@ -52,7 +52,7 @@ def build(size: Size, tokenizer: Path, seed: int) -> Pipeline:
     import diffusers
     import transformers
 
-    with _quiet():
+    with quiet():
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def build(size: Size, tokenizer: Path, seed: int) -> Pipeline:
             "scheduler": _scheduler(diffusers),
         }
     absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with _quiet():
+    with quiet():
         pipeline = StableDiffusionPipeline(**parts, **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -215,7 +215,7 @@ def write_config(pipeline: Pipeline, folder: Path) -> None:
 
 def load(file: Path) -> Pipeline:
     """A single file in float32, through diffusers' own loader; `write_config` filled the folder `config` beside it."""
-    with _quiet():
+    with quiet():
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
         found = StableDiffusionPipeline.from_single_file(
@@ -226,7 +226,7 @@ def load(file: Path) -> Pipeline:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bar for five small parts, no warning of the absent safety checker, none of processors that nobody uses."""
     from diffusers.utils import logging as diffusers
     from transformers.utils import logging as transformers
