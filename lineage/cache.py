@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lineage.checkpoint import sha256
 from lineage.errors import FileError
+from lineage.hashing import sha256
 from lineage.target import Target
 
 _MAGIC = b"lineage1"
@@ -38,7 +38,7 @@ def default_folder() -> Path:
 
 
 def cached_sha256(path: str | os.PathLike, cache: Cache | None = None) -> str:
-    """`checkpoint.sha256` of a file or folder; a file that is as it was at the last run is not read again.
+    """`hashing.sha256` of a file or folder; a file that is as it was at the last run is not read again.
 
     As it was: same path, size, and times of change to the nanosecond."""
     cache, path = cache or Cache(), Path(path)

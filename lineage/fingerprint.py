@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lineage.cache import Cache, State, cached_sha256, state_of
-from lineage.checkpoint import Checkpoint, open_checkpoint, size
+from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.errors import FileError
+from lineage.hashing import size
 from lineage.keys import Param
 from lineage.moments import Tally, tame
 from lineage.raw import Joined
@@ -67,7 +68,7 @@ class TensorPrint:
 
     @property
     def compared(self) -> bool:
-        """Whether it is a weight: schedules, counters and indexes are not."""
+        """Whether it takes part in comparisons."""
         return is_weight(self.component, self.dtype)
 
 
@@ -108,9 +109,9 @@ def fingerprint(
     return found
 
 
-def is_weight(component: str, dtype: str) -> bool:
-    """Whether a parameter of this component and dtype ("float16") is one that is trained."""
-    return component != "other" and dtype.startswith(("float", "bfloat"))
+def is_weight(component: str, dtype: str | torch.dtype) -> bool:
+    """Whether a parameter of this component and dtype is a weight: schedules, counters and indexes are not."""
+    return component != "other" and str(dtype).removeprefix("torch.").startswith(("float", "bfloat"))
 
 
 def block_of(specs: Mapping[str, Param]) -> Callable[[Param], str]:
@@ -138,7 +139,7 @@ def _read(checkpoint: Checkpoint, cache: Cache, seed: int, progress: Progress | 
             files.reach(param.stored)
             block = own(param)
             entries = param.view(checkpoint.raw[param.stored]).reshape(-1)
-            weight = is_weight(param.component, _name(param.dtype))
+            weight = is_weight(param.component, param.dtype)
             hashed = Hash(param.name, param.numel, width[block], seed) if weight else None
             prints.append(_print(param, block, entries, hashed))
             if hashed:
@@ -183,7 +184,7 @@ def _print(param: Param, block: str, entries: Tensor, hashed: Hash | None) -> Te
 def _slots(specs: Mapping[str, Param]) -> Slots:
     own, entries = block_of(specs), dict[str, int]()
     for param in specs.values():
-        if is_weight(param.component, _name(param.dtype)):
+        if is_weight(param.component, param.dtype):
             entries[own(param)] = entries.get(own(param), 0) + param.numel
     ends, out = 0, []
     for block, n in allocate(entries).items():

@@ -28,7 +28,7 @@ _CERTAIN = 1.959964  # standard deviations of a 95 % interval
 
 @dataclass(frozen=True)
 class Affine:
-    """A model as a mixture of others, coefficients summing to 1. weights, low, high (95 %): (k,), in the parents' order.
+    """A model as a mixture of others, coefficients summing to 1. weights, low, high (95 %): (k,), by parent.
 
     residual: ||X - sum w P||^2. floor: what rounding alone predicts of it: of the child, and where `lost`, also of the
     parents. lost: the residual says that the mixture was made of the parents before they were rounded; then the
@@ -108,8 +108,8 @@ class Gram:
         return self.names.index(name) if isinstance(name, str) else name
 
     def affine(self, child: str | int, parents: Sequence[str | int], block: str | None = None) -> Affine:
-        """`child` as a mixture of `parents` with coefficients that sum to 1: least squares on differences, overall or in
-        one block. LineageError without parents."""
+        """`child` as a mixture of `parents`, coefficients summing to 1: least squares on differences, overall or in one
+        block. LineageError without parents."""
         if not parents:
             raise LineageError("affine: name at least one parent.")
         rows = [self.index(p) for p in parents]

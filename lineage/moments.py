@@ -1,4 +1,4 @@
-"""What one tensor's values are like, whatever their order: moments, extremes, rounding energy, and a hash of the values.
+"""What a tensor's values are like, whatever their order: moments, extremes, rounding energy, a hash of the values.
 
 16-bit (and 8-bit) values are counted pattern by pattern, so all of it is exact; wider ones are summed in float64.
 An entry that is not finite, or above 2^60 (no weight is), counts as `wild` and as zero in everything else.
