@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lineage.rounding import binade
+from lineage.rounding import ulp
 
 WILD = 2.0**60
 _SUMS = 7  # sum x, x^2, x^3, x^4, ulp^2 / 12; zeros; wild entries
@@ -127,7 +127,7 @@ def _rounding(values: Tensor) -> Tensor:
     """ulp^2 / 12 of each entry, float64; 0 for integers and for wild entries."""
     if not values.dtype.is_floating_point:
         return torch.zeros(len(values), dtype=torch.float64)
-    step = binade(values).double() * torch.finfo(values.dtype).eps
+    step = ulp(values).double()
     return torch.where(tame(values) == values.to(step.dtype), step.square() / 12, 0.0)
 
 
