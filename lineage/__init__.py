@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lineage.adapters import open_adapter
     from lineage.checkpoint import open_checkpoint
+    from lineage.clustering import cluster
     from lineage.delta import svd
     from lineage.inspection import inspect
     from lineage.merging import apply, merge
@@ -14,12 +15,13 @@ _EXPORTS = {
     "open_checkpoint": "lineage.checkpoint",
     "inspect": "lineage.inspection",
     "svd": "lineage.delta",
+    "cluster": "lineage.clustering",
     "open_adapter": "lineage.adapters",
     "merge": "lineage.merging",
     "apply": "lineage.merging",
 }
 
-__all__ = ["apply", "inspect", "merge", "open_adapter", "open_checkpoint", "svd"]
+__all__ = ["apply", "cluster", "inspect", "merge", "open_adapter", "open_checkpoint", "svd"]
 
 
 def __getattr__(name: str) -> Any:

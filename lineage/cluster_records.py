@@ -1,0 +1,233 @@
+"""What was found in the trees of a folder, as the records of a ClusterResult."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+
+from lineage import exact
+from lineage.ancestry import Merged
+from lineage.cluster_result import (
+    ALL_DISTANCES,
+    ALL_PAIRS,
+    NEAREST,
+    Affinity,
+    BlockSimilarity,
+    Choice,
+    ClusterModel,
+    ClusterResult,
+    Distances,
+    Edge,
+    Family,
+    FoundMerge,
+    MergeParent,
+    PairBlocks,
+    Root,
+    Skipped,
+    Unobserved,
+)
+from lineage.evidence import Declared, reconcile
+from lineage.families import affinities, families
+from lineage.fingerprint import Fingerprint
+from lineage.folder import Folder
+from lineage.found_recipe import toml
+from lineage.results import Interval, provenance
+
+if TYPE_CHECKING:
+    from lineage.clustering import Model, Tree
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that is known when the inference is done."""
+
+    folder: Folder
+    models: Sequence[Model]
+    trees: Sequence[Tree]
+    choice: exact.Choice
+    said: Sequence[Declared]
+    days: Mapping[str, date]
+    min_confidence: float
+    seed: int
+    seconds: float
+
+
+def records(found: Found) -> ClusterResult:
+    """The result: every list sorted by name."""
+    rows = [_tree_records(tree, found) for tree in found.trees]
+    root_of = {m.name: m.root for row in rows for m in row.models}
+    edges, against = reconcile([e for row in rows for e in row.edges], found.said, root_of)
+    edges = [e for e in edges if e.confidence >= found.min_confidence]
+    inputs = {m.name: {"path": m.path.name, "bytes": m.print.bytes, "sha256": m.print.sha256} for m in found.models}
+    distances, joined = _distances(found)
+    return ClusterResult(
+        provenance("cluster", inputs, "cpu", seed=found.seed, seconds=round(found.seconds, 3)),
+        found.folder.path.resolve().name,
+        tuple(sorted((m for row in rows for m in row.models), key=lambda m: m.name)),
+        tuple(sorted((f for row in rows for f in row.families), key=lambda f: f.name)),
+        tuple(sorted(edges, key=lambda e: (e.child, e.parent, e.relation))),
+        tuple(sorted((m for row in rows for m in row.merges), key=lambda m: m.child)),
+        tuple(u for row in rows for u in row.unobserved),
+        tuple(sorted((row.root for row in rows), key=lambda r: r.name)),
+        _skipped(found.folder),
+        found.folder.counts,
+        Choice("exact" if found.choice.exact else "sketch", found.choice.reason),
+        distances,
+        joined,
+        _similarity(found),
+        contradictions=tuple(against),
+        min_confidence=found.min_confidence,
+    )
+
+
+def _skipped(folder: Folder) -> tuple[Skipped, ...]:
+    rest = [i for i in folder.items if i.bucket not in ("model", "adapter")]
+    return tuple(Skipped(i.path.relative_to(folder.path).as_posix(), i.bucket, i.reason) for i in rest)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The records of one tree."""
+
+    models: list[ClusterModel]
+    families: list[Family]
+    edges: list[Edge]
+    merges: list[FoundMerge]
+    unobserved: list[Unobserved]
+    root: Root
+
+
+def _tree_records(tree: Tree, found: Found) -> _Rows:
+    names = [m.name for m in tree.members]
+    root = names[tree.ancestry.root] if tree.ancestry.root is not None else min(names)
+    groups = families(tree.kin.table, tree.ancestry.root, range(len(names)), found.seed)
+    titles = [_central(tree, group.members, names) for group in groups]
+    home = {m: title for group, title in zip(groups, titles, strict=True) for m in group.members}
+    models = []
+    for i, m in enumerate(tree.members):
+        weights = affinities(tree.kin.g, tree.ancestry.root, groups, i)
+        models.append(
+            ClusterModel(
+                m.name,
+                m.path.relative_to(found.folder.path).as_posix(),
+                m.print.sha256,
+                m.print.bytes,
+                m.print.architecture,
+                root,
+                home.get(i, titles[0] if titles else root),
+                tuple(Affinity(t, round(w, 4)) for t, w in zip(titles, weights, strict=True) if w > 0),
+                components(m.print),
+                license=m.item.licence or m.print.metadata.get("modelspec.license"),
+            )
+        )
+    kept = [
+        Family(t, root, tuple(sorted(names[i] for i in g.members)), round(g.stability, 4))
+        for t, g in zip(titles, groups, strict=True)
+    ]
+    start = Root(root, tree.members[0].print.architecture, len(names), tree.ancestry.root_confidence)
+    merges = [_merge(tree, merged, names) for merged in tree.ancestry.merges]
+    return _Rows(models, kept or [Family(root, root, (root,), None)], _edges(tree, names), merges, [], start)
+
+
+def _central(tree: Tree, members: Sequence[int], names: Sequence[str]) -> str:
+    """A family goes by the name of the member nearest to all its others."""
+    d = tree.gram.distances()
+    return names[min(members, key=lambda m: (float(d[m, list(members)].sum()), tree.members[m].print.sha256))]
+
+
+def components(p: Fingerprint) -> dict[str, str]:
+    """Component -> digest of its tensors' names and bytes, of the dtypes as they are."""
+    found: dict[str, list[str]] = {}
+    for t in p.tensors:
+        found.setdefault(t.component, []).append(f"{t.name} {t.hash}")
+    return {c: hashlib.sha256("\n".join(rows).encode()).hexdigest()[:32] for c, rows in sorted(found.items())}
+
+
+def _edges(tree: Tree, names: Sequence[str]) -> list[Edge]:
+    relative = tree.gram.relative() * np.sqrt(2)
+    found = []
+    for link in tree.ancestry.links:
+        a, b = link.parent, link.child
+        found.append(
+            Edge(
+                names[a],
+                names[b],
+                link.relation,
+                link.weight,
+                link.low,
+                link.high,
+                link.directed,
+                round(link.confidence, 4),
+                link.evidence,
+                distance=float(relative[a, b]),
+                rank=link.rank,
+            )
+        )
+    return found
+
+
+def _merge(tree: Tree, merged: Merged, names: Sequence[str]) -> FoundMerge:
+    reading, g = merged.reading, tree.kin.g
+    local = [names[p] for p in reading.parents]
+    spans = [Interval(low, w, high) for w, (low, high) in zip(reading.weights, merged.intervals, strict=True)]
+    near = min(g[p, p] + g[reading.child, reading.child] - 2 * g[p, reading.child] for p in reading.parents)
+    half = any(t.dtype == "float16" for t in tree.kin.prints[reading.child].tensors)
+    name = names[reading.child]
+    recipe = None if merged.unseen else toml(name, local, spans, half=half, blocks=merged.blocks)
+    return FoundMerge(
+        name,
+        tuple(MergeParent(n, s.value, s.low, s.high) for n, s in zip(local, spans, strict=True)),
+        float(reading.residual / near) if near > 0 else None,
+        merged.p_value,
+        merged.unseen,
+        recipe,
+        residual_ratio=float(reading.ratio),
+        method=merged.method,
+        confidence=merged.confidence,
+        blocks=merged.blocks,
+    )
+
+
+def _distances(found: Found) -> tuple[Distances, tuple[tuple[float, float, float, float], ...]]:
+    """Relative distances of all models, and their average linkage; models of different groups are 1.5 apart there."""
+    names = sorted(m.name for m in found.models)
+    if not 1 < len(names) <= ALL_DISTANCES:
+        return Distances((), ()), ()
+    at = {name: i for i, name in enumerate(names)}
+    known = np.full((len(names), len(names)), np.nan)
+    for gram in {id(t.whole): t.whole for t in found.trees}.values():
+        rows = [at[name] for name in gram.names]
+        known[np.ix_(rows, rows)] = gram.relative() * np.sqrt(2)
+    upper = np.triu_indices(len(names), 1)
+    values = tuple(None if np.isnan(v) else round(float(v), 7) for v in known[upper])
+    filled = np.where(np.isnan(known), 2.0, known)
+    np.fill_diagonal(filled, 0)
+    joined = linkage(squareform((filled + filled.T) / 2, checks=False), "average")
+    return Distances(tuple(names), values), tuple(tuple(map(float, row)) for row in joined.tolist())
+
+
+def _similarity(found: Found) -> BlockSimilarity:
+    """Relative distances per block of all pairs of a group, or of each model's nearest."""
+    complete = len(found.models) <= ALL_PAIRS
+    blocks = sorted({b for t in found.trees for b in t.whole.blocks})
+    pairs: dict[tuple[str, str], tuple[float | None, ...]] = {}
+    for gram in {id(t.whole): t.whole for t in found.trees}.values():
+        near = gram.relative()
+        by_block = {b: gram.relative(b) * np.sqrt(2) for b in gram.blocks}
+        for i in range(len(gram.names)):
+            order = np.argsort(near[i], kind="stable")
+            for j in order if complete else order[: NEAREST + 1]:
+                a, b = sorted((gram.names[i], gram.names[int(j)]))
+                if a != b and (a, b) not in pairs:
+                    pairs[a, b] = tuple(round(float(by_block[k][i, j]), 6) if k in by_block else None for k in blocks)
+    return BlockSimilarity(tuple(blocks), tuple(PairBlocks(a, b, v) for (a, b), v in sorted(pairs.items())), complete)

@@ -1,0 +1,229 @@
+"""`lineage cluster`: families, parents and merges of a folder of models, from weights alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import Parallel, delayed, parallel_config
+
+from lineage.ancestry import Ancestry, Kin, grow
+from lineage.checkpoint import Checkpoint, open_checkpoint
+from lineage.cluster_records import Found, records
+from lineage.cluster_result import ClusterResult
+from lineage.errors import LineageError, MissingExtra
+from lineage.evidence import Declared, Identity, declared, read_dates
+from lineage.exact import choose, exact_gram
+from lineage.families import kin as kinship
+from lineage.families import trees
+from lineage.fingerprint import Fingerprint, fingerprint
+from lineage.folder import Folder, Item, scan
+from lineage.gram import Gram, shared, sketch_gram
+from lineage.recipe import did_you_mean
+from lineage.thresholds import CHOSEN, Thresholds
+
+Progress = Callable[[int, int, str], None]
+METADATA, DATES = 3.0, 50.0  # log-odds of an order of two models that a file declares, and that dates prove
+
+
+@dataclass(frozen=True)
+class Model:
+    """One file that takes part. declared: what its metadata and card say of its parents."""
+
+    name: str
+    path: Path
+    print: Fingerprint
+    item: Item
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What was found about the models that grew from one root. members: in the order of `kin`.
+    gram: theirs; whole: that of all models they can be compared with."""
+
+    members: tuple[Model, ...]
+    kin: Kin
+    ancestry: Ancestry
+    gram: Gram
+    whole: Gram
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a tree is inferred; see `cluster`."""
+
+    exact: bool
+    base: str | None
+    ignore: Collection[str]
+    seed: int
+    device: str
+    chosen: Thresholds
+    known: tuple[tuple[str, str, float], ...] = ()
+
+
+def cluster(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    add: str | Path | None = None,
+    dates: str | Path | None = None,
+    metadata: bool = True,
+    sketch: bool | None = None,
+    min_confidence: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    engine: str | None = None,
+    address: str | None = None,
+    cache: str | Path | None = None,
+    ignore: Collection[str] = (),
+    chosen: Thresholds = CHOSEN,
+    progress: Progress | None = None,
+) -> ClusterResult:
+    """The family tree of the models in `folder`: roots, families, fine-tunes, copies and merges, each with reasons.
+
+    base: name of a model that is the root of its tree. add: one more file, answered for from what is cached. dates: CSV
+    of name,date; a child never precedes its parent. metadata: let files speak of their origin. sketch: True compares
+    sketches only, False reads all files again (default: whatever fits the time). min_confidence: leave out edges below
+    it. engine, address: joblib's backend for the fingerprints ("ray", "dask"). ignore: sources of evidence not to use
+    (ancestry.SOURCES). LineageError for a folder without models and for names that are no model of it."""
+    began = time.monotonic()
+    scanned = scan(folder)
+    models = _models(scanned, cache, engine, address, progress)
+    names = [m.name for m in models]
+    if base is not None and base not in names:
+        raise LineageError(f"base {base!r}: no model of the folder. {did_you_mean(base, names)}")
+    said = _said(models) if metadata else []
+    days = read_dates(dates, names) if dates else {}
+    choice = choose([m.print.bytes for m in models], sketch=sketch)
+    options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days))
+    grown = list(_grown(models, options, progress))
+    return records(Found(scanned, models, grown, choice, said, days, min_confidence, seed, time.monotonic() - began))
+
+
+def _models(
+    scanned: Folder, cache: str | Path | None, engine: str | None, address: str | None, progress: Progress | None
+) -> list[Model]:
+    """The folder's full models with their fingerprints, in an order that only their content decides."""
+    items = scanned.of("model")
+    if not items:
+        raise LineageError(f"{scanned.path}: no models in it. Name the folder that holds the checkpoints.")
+    where = Path(cache) if cache else None
+    found = []
+    with backend(engine, address) as jobs:
+        parallel: Any = Parallel(jobs, return_as="generator")
+        prints = parallel(delayed(fingerprint)(item.path, cache=where) for item in items)
+        for item, own in zip(items, prints, strict=True):
+            found.append(Model(item.name, item.path, own, item))
+            if progress:
+                progress(len(found), len(items), item.name)
+    return sorted(found, key=lambda m: (m.print.sha256, m.name))
+
+
+@contextmanager
+def backend(engine: str | None, address: str | None) -> Iterator[int]:
+    """joblib's backend for as long as the context lasts; yields the number of jobs."""
+    if engine is None:
+        yield 1
+    elif engine == "ray":
+        try:
+            import ray
+            from ray.util.joblib import register_ray
+        except ImportError as e:
+            raise MissingExtra("cluster", "ray", "ray") from e
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+        register_ray()
+        with parallel_config("ray"):
+            yield -1
+    elif engine == "dask":
+        try:
+            from distributed import Client
+        except ImportError as e:
+            raise MissingExtra("cluster", "dask", "distributed") from e
+        with Client(address) as _, parallel_config("dask"):
+            yield -1
+    else:
+        raise LineageError(f"engine {engine!r}: choose ray or dask, or leave it out.")
+
+
+def _said(models: Sequence[Model]) -> list[Declared]:
+    everyone = [Identity(m.name, m.path.stem, m.print.sha256) for m in models]
+    return [
+        d for m in models for d in declared(m.name, m.print.metadata, m.item.declared.get("base_model", ""), everyone)
+    ]
+
+
+def _known(said: Sequence[Declared], days: Mapping[str, date]) -> tuple[tuple[str, str, float], ...]:
+    """(earlier, later, log-odds): what files and dates say of the order of two models."""
+    pairs = [(parent, one.child, METADATA) for one in said for parent in one.parents]
+    pairs += [(a, b, DATES) for a in days for b in days if days[a] < days[b]]
+    return tuple(pairs)
+
+
+def _grown(models: Sequence[Model], options: Options, progress: Progress | None) -> Iterator[Tree]:
+    """The trees of each group of models that can be compared."""
+    groups: dict[str, list[Model]] = {}
+    for m in models:
+        groups.setdefault(m.item.group, []).append(m)
+    done = 0
+    for _, group in sorted(groups.items()):
+        prints = {m.name: m.print for m in group}
+        main = main_blocks(prints)
+        gram = sketch_gram(prints)
+        rows = [i for i, block in enumerate(gram.blocks) if block in main.values()]
+        d = np.stack([gram.distances(gram.blocks[i]) for i in rows])
+        for members in trees(kinship(d, gram.norms[:, rows], gram.entries[rows].astype(float), options.chosen)):
+            done += len(members)
+            if progress:
+                progress(done, len(models), f"tree of {len(members)}")
+            yield _tree([group[i] for i in members], gram, main, options)
+
+
+def main_blocks(prints: Mapping[str, Fingerprint]) -> dict[str, str]:
+    """Name -> block of the weights that say what models are: of their UNets, or all where they have none."""
+    blocks = shared(prints).blocks
+    first = next(iter(prints.values()))
+    unet = {t.name for t in first.tensors if t.component == "unet"}
+    return {name: block for name, block in blocks.items() if name in unet} or blocks
+
+
+def _tree(members: list[Model], whole: Gram, main: Mapping[str, str], options: Options) -> Tree:
+    prints = {m.name: m.print for m in members}
+    with ExitStack() as stack:
+        opened: list[Checkpoint | None] = [None for _ in members]
+        gram = whole.part(list(prints))
+        if options.exact and len(members) > 1:
+            opened = [stack.enter_context(open_checkpoint(m.path)) for m in members]
+            gram = exact_gram({m.name: m.path for m in members}, prints=prints, device=options.device)
+        kin = _kin(prints, opened, gram, main, options)
+        base = list(prints).index(options.base) if options.base in prints else None
+        found = grow(kin, base=base, ignore=options.ignore, seed=options.seed, chosen=options.chosen)
+    return Tree(tuple(members), kin, found, gram, whole)
+
+
+def _kin(
+    prints: Mapping[str, Fingerprint],
+    opened: Sequence[Checkpoint | None],
+    gram: Gram,
+    main: Mapping[str, str],
+    options: Options,
+) -> Kin:
+    """What the inference sees of a tree: the main component alone."""
+    rows = [i for i, block in enumerate(gram.blocks) if block in main.values()]
+    shapes = {t.name: t.shape for t in next(iter(prints.values())).tensors}
+    where = {name: i for i, name in enumerate(prints)}
+    return Kin(
+        prints=tuple(prints.values()),
+        models=opened,
+        blocks=tuple(gram.blocks[i] for i in rows),
+        table=gram.table[rows].astype(np.float64),
+        rounding=gram.rounding[:, rows].sum(1),
+        matrices={name: block for name, block in main.items() if len(shapes[name]) > 1},
+        vectors=tuple(sorted(name for name in main if len(shapes[name]) < 2)),
+        known=tuple((where[a], where[b], w) for a, b, w in options.known if a in where and b in where),
+    )

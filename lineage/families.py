@@ -1,0 +1,144 @@
+"""Roots (one initialisation = one tree), families inside a tree, and how sure they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import squareform
+
+from lineage.thresholds import CHOSEN, Thresholds
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Family:
+    """members: indices, sorted. stability: mean Jaccard overlap with the closest family when blocks are resampled."""
+
+    members: tuple[int, ...]
+    stability: float
+
+
+def kin(distances: Array, norms: Array, entries: Array, chosen: Thresholds = CHOSEN) -> NDArray[np.bool_]:
+    """(n, n): whether two models grew from one initialisation.
+
+    distances: (blocks, n, n) squared; norms: (n, blocks) ||W||; entries: (blocks,). Whole models are close, or at least
+    a share of their entries lies in blocks that are (a copy whose heads or layers were permuted, a graft)."""
+    squares = norms.astype(np.float64) ** 2
+    whole = _relative(distances.sum(0), squares.sum(1)) < chosen.same_root
+    intact = sum(
+        count * (_relative(d, squares[:, b]) < chosen.same_root)
+        for b, (count, d) in enumerate(zip(entries, distances, strict=True))
+    )
+    return whole | (np.asarray(intact) > chosen.intact_share * entries.sum())
+
+
+def _relative(d: Array, squares: Array) -> Array:
+    scale = np.sqrt(squares[:, None] * squares[None])
+    return np.sqrt(np.maximum(d, 0) / np.maximum(scale, 1e-300))
+
+
+def trees(related: NDArray[np.bool_]) -> list[tuple[int, ...]]:
+    """Connected groups of kin, each sorted; singletons too."""
+    count, label = connected_components(csr_array(related), directed=False)
+    return [tuple(map(int, np.flatnonzero(label == k))) for k in range(count)]
+
+
+def families(
+    table: Array, origin: int | None, members: Sequence[int], seed: int = 0, chosen: Thresholds = CHOSEN
+) -> list[Family]:
+    """Families of a tree by the likeness of what its members added to the origin.
+
+    table: (blocks, n, n) inner products. origin: the tree's root; None: the members' mean stands for it. The number of
+    families is the one of the largest silhouette; one family where none is clear."""
+    members = [m for m in sorted(members) if m != origin]
+    if len(members) < 3:
+        return [Family(tuple(members), 1.0)] if members else []
+    apart = _dissimilarity(table.sum(0), origin, members)
+    joined = linkage(squareform(apart, checks=False), "average")
+    k = _count(joined, apart, chosen)
+    labels = fcluster(joined, k, "maxclust")
+    rng = np.random.default_rng(seed)
+    overlaps = np.zeros(labels.max())
+    for _ in range(chosen.replicates):
+        weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table))).astype(np.float64)
+        drawn = _dissimilarity(np.tensordot(weights, table, 1), origin, members)
+        again = fcluster(linkage(squareform(drawn, checks=False), "average"), k, "maxclust")
+        overlaps += [_overlap(labels == c, again) for c in range(1, labels.max() + 1)]
+    stability = overlaps / chosen.replicates
+    return [
+        Family(tuple(members[i] for i in np.flatnonzero(labels == c)), float(stability[c - 1]))
+        for c in range(1, labels.max() + 1)
+    ]
+
+
+def _dissimilarity(g: Array, origin: int | None, members: list[int]) -> Array:
+    """1 - cosine of the members' deltas."""
+    pair = g[np.ix_(members, members)]
+    if origin is None:
+        mean = pair.mean(1)
+        pair = pair - mean[:, None] - mean[None] + mean.mean()
+    else:
+        to = g[members, origin]
+        pair = pair - to[:, None] - to[None] + g[origin, origin]
+    norm = np.sqrt(np.maximum(np.diag(pair), 1e-300))
+    apart = 1 - np.clip(pair / norm[:, None] / norm[None], -1, 1)
+    apart = (apart + apart.T) / 2
+    np.fill_diagonal(apart, 0)
+    return apart
+
+
+def _count(joined: Array, apart: Array, chosen: Thresholds) -> int:
+    """Number of families with the largest mean silhouette; 1 where that is small."""
+    best, count = chosen.family_similarity, 1
+    for k in range(2, min(len(apart), 13)):
+        score = silhouette(apart, fcluster(joined, k, "maxclust"))
+        if score > best + 1e-9:
+            best, count = score, k
+    return count
+
+
+def silhouette(apart: Array, labels: NDArray[np.int_]) -> float:
+    """Mean silhouette (Rousseeuw 1987) from dissimilarities (n, n); 0 for members alone in their cluster."""
+    member = labels[:, None] == np.unique(labels)[None]
+    sizes = member.sum(0)
+    sums = apart @ member
+    own = member.argmax(1)
+    rows = np.arange(len(apart))
+    inside = sums[rows, own] / np.maximum(sizes[own] - 1, 1)
+    means = sums / sizes
+    means[rows, own] = np.inf
+    outside = means.min(1)
+    score = np.where(sizes[own] > 1, (outside - inside) / np.maximum(np.maximum(inside, outside), 1e-300), 0)
+    return float(score.mean()) if len(sizes) > 1 else 0.0
+
+
+def _overlap(member: NDArray[np.bool_], labels: NDArray[np.int_]) -> float:
+    """Largest Jaccard overlap of one cluster with the clusters of another partition."""
+    others = [(labels == c) for c in np.unique(labels)]
+    return max(float((member & o).sum() / (member | o).sum()) for o in others)
+
+
+def affinities(g: Array, origin: int | None, found: Sequence[Family], model: int) -> list[float]:
+    """How much of each family a model shares: mean cosine of its delta with the members', negative ones as 0, scaled to
+    sum to 1; a model belongs to several where several weigh."""
+    members = [m for family in found for m in family.members]
+    if not members or model == origin:
+        return [0.0] * len(found)
+    everyone = sorted({*members, model})
+    alike = 1 - _dissimilarity(g, origin, everyone)
+    row = dict(zip(everyone, alike[everyone.index(model)], strict=True))
+    raw = [_mean([max(0.0, row[m]) for m in family.members if m != model]) for family in found]
+    raw = [1.0 if family.members == (model,) else r for family, r in zip(found, raw, strict=True)]
+    total = sum(raw)
+    return [r / total for r in raw] if total > 0 else [float(model in f.members) for f in found]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

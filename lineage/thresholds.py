@@ -1,0 +1,34 @@
+"""Every number that a judgement of `lineage cluster` hangs on, in one place; chosen on development roots only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Relative distances are ||A - B|| / sqrt(||A|| ||B||); ratios are of energies (squared norms)."""
+
+    same_root: float = 0.5  # relative distance below which two models grew from one initialisation
+    intact_share: float = 0.3  # of the entries, in blocks that are kin, for a damaged copy to count as the same root
+    copy_ratio: float = 3.0  # distance over the expected rounding, below which a file is a copy of another
+    merge_ratio: float = 6.0  # residual over the rounding floor up to which an affine reading is exact
+    merge_weight: float = 0.02  # least weight of a parent
+    necessity: float = 3.0  # by which the residual must grow when a parent is left out
+    noise_gap: float = 1.15  # residual ratios closer than this do not tell two readings apart
+    merge_pool: int = 14  # candidates per child whose subsets are all tried
+    merge_parents: int = 5
+    partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
+    partial_spread: float = 0.35  # of the share over blocks, relative to the share: a merge's is the same in all
+    hidden_branch: float = 0.25  # whitened cosine of two increments at a node, above which they part before it
+    between: float = 0.1  # minus the cosine of the ways to two parents of a merge, for what descends from the merge
+    neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy
+    zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
+    low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
+    whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share
+    whiten_floor: float = 1e-3  # of the largest eigenvalue, added before the inverse root
+    replicates: int = 32  # bootstrap samples of blocks
+    family_similarity: float = 0.15  # least silhouette at which a tree is parted into families
+
+
+CHOSEN = Thresholds()

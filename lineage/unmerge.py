@@ -1,0 +1,225 @@
+"""Which models are affine combinations of others: parents and coefficients, from inner products alone.
+
+An affine dependency has no direction by itself: what is the child is decided by size, convexity, rounding noise, and
+then by which reading leaves the shortest tree. Inner products are those of float64 differences to a kin model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from lineage.thresholds import CHOSEN, Thresholds
+
+Array = NDArray[np.float64]
+CHUNK = 4096  # subsets solved in one batch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """child = sum of weights x parents (weights sum to 1). residual: ||child - sum||^2; own: the rounding energy of the
+    child's storage, sum ulp^2 / 12; floor: own + the parents' as it would pass through."""
+
+    child: int
+    parents: tuple[int, ...]
+    weights: tuple[float, ...]
+    residual: float
+    own: float
+    floor: float
+
+    @property
+    def ratio(self) -> float:
+        """Residual over the rounding floor; about 1 where the reading is the truth."""
+        return self.residual / self.floor if self.floor > 0 else (0.0 if self.residual <= 0 else np.inf)
+
+    @property
+    def noise(self) -> float:
+        """Residual over the child's own rounding: grows when a parent's rounding was not in the arithmetic."""
+        return self.residual / self.own if self.own > 0 else self.ratio
+
+    @property
+    def convex(self) -> bool:
+        return min(self.weights) >= 0
+
+    @property
+    def members(self) -> frozenset[int]:
+        return frozenset((self.child, *self.parents))
+
+
+def affine(g: Array, child: int, sets: NDArray[np.intp]) -> tuple[Array, Array]:
+    """Least squares of a model on each of several parent sets, weights summing to 1.
+
+    g: (n, n) inner products of differences to any one point. sets: (m, k) indices. (m, k) weights and (m,) squared
+    residuals; linearly dependent sets have infinite residual."""
+    first, rest = sets[:, :1], sets[:, 1:]
+    corner = g[first, first]
+    normal = g[rest[:, :, None], rest[:, None, :]] - g[rest, first][:, :, None] - g[rest, first][:, None, :]
+    normal = normal + corner[:, :, None]
+    right = g[child, rest] - g[child, first] - g[rest, first] + corner
+    distance = g[child, child] - 2 * g[child, first[:, 0]] + corner[:, 0]
+    scale = np.sqrt(np.maximum(np.einsum("mii->mi", normal), 1e-300))
+    unit = normal / scale[:, :, None] / scale[:, None, :]
+    dependent = np.linalg.eigvalsh(unit)[:, 0] < 1e-9 if rest.shape[1] else np.zeros(len(sets), bool)
+    unit[dependent] = np.eye(rest.shape[1])
+    solved = np.linalg.solve(unit, (right / scale)[..., None])[..., 0] / scale
+    weights = np.concatenate([1 - solved.sum(1, keepdims=True), solved], 1)
+    residual = np.maximum(distance - (solved * right).sum(1), 0)
+    return weights, np.where(dependent, np.inf, residual)
+
+
+def subsets(pool: Sequence[int], size: int) -> NDArray[np.intp]:
+    """All subsets (m, size) of a pool, in sorted order."""
+    return np.array(list(combinations(sorted(pool), size)), np.intp).reshape(-1, size)
+
+
+def candidates(g: Array, child: int, pool: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` of the pool that can be parents: those of the convex fit, those that a backward elimination of
+    the full fit keeps longest, and the nearest."""
+    if len(pool) <= limit:
+        return sorted(pool)
+    d = distances(g)[child]
+    nearest = sorted(pool, key=lambda j: (d[j], j))
+    near = nearest[:64]
+    kept = [*_convex_support(g, child, near)[: limit // 2], *_eliminate(g, child, near, limit // 2)]
+    return (
+        sorted(dict.fromkeys([*kept, *nearest]))
+        if len({*kept, *nearest}) <= limit
+        else sorted(list(dict.fromkeys([*kept, *nearest]))[:limit])
+    )
+
+
+def distances(g: Array) -> Array:
+    """(n, n) squared distances from inner products."""
+    own = np.diag(g)
+    return np.maximum(own[:, None] + own[None] - 2 * g, 0)
+
+
+def centred(g: Array, at: int) -> Array:
+    """Inner products of differences to model `at`."""
+    return g - g[at][None] - g[:, at][:, None] + g[at, at]
+
+
+def _convex_support(g: Array, child: int, pool: list[int]) -> list[int]:
+    """Members with positive weight in the nearest convex combination, largest first."""
+    around = centred(g, child)[np.ix_(pool, pool)]
+    values, vectors = np.linalg.eigh(around)
+    root = (vectors * np.sqrt(np.maximum(values, 0))).T
+    heavy = 1e3 * np.sqrt(max(values[-1], 1e-300))
+    rows = np.vstack([root, np.full(len(pool), heavy)])
+    try:
+        weights = nnls(rows, np.append(np.zeros(len(pool)), heavy))[0]
+    except RuntimeError:  # no convergence within its iterations
+        return []
+    return [pool[i] for i in np.argsort(-weights, kind="stable") if weights[i] > 1e-6]
+
+
+def _eliminate(g: Array, child: int, pool: list[int], keep: int) -> list[int]:
+    """What is left of the pool when the member that matters least is dropped again and again."""
+    left = list(pool)
+    around = centred(g, child)
+    ridge = 1e-12 * np.trace(around) / len(around)
+    while len(left) > keep:
+        inverse = np.linalg.inv(around[np.ix_(left, left)] + ridge * np.eye(len(left)))
+        weights = inverse.sum(1)
+        left.pop(int(np.argmin(weights**2 / np.diag(inverse))))
+    return left
+
+
+def full_residual(g: Array, child: int, pool: Sequence[int]) -> float:
+    """Squared distance of the child to the affine hull of the pool; rounding-size directions count as dependent."""
+    around = centred(g, child)[np.ix_(pool, pool)]
+    scale = np.sqrt(np.maximum(np.diag(around), 1e-300))
+    inverse = np.linalg.pinv(around / scale[:, None] / scale[None], rcond=1e-11, hermitian=True)
+    total = float((inverse / scale[:, None] / scale[None]).sum())
+    return 1 / total if total > 0 else np.inf
+
+
+def readings(g: Array, rounding: Array, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN) -> list[Reading]:
+    """Every plausible exact reading of a model as a merge of 2 to 5 of the pool; the fewest parents first.
+
+    g: (n, n); rounding: (n,) energies sum ulp^2 / 12 of the files."""
+    near = candidates(g, child, pool, chosen.merge_pool)
+    found: list[Reading] = []
+    for size in range(2, min(chosen.merge_parents, len(near)) + 1):
+        sets = subsets(near, size)
+        for part in np.array_split(sets, max(1, len(sets) // CHUNK)):
+            found += _exact(g, rounding, child, part, chosen)
+    return [r for r in found if _needed(g, rounding, r, chosen)]
+
+
+def _exact(g: Array, rounding: Array, child: int, sets: NDArray[np.intp], chosen: Thresholds) -> Iterator[Reading]:
+    weights, residual = affine(g, child, sets)
+    own = float(rounding[child])
+    floor = own + (weights**2 * rounding[sets]).sum(1)
+    good = (residual <= chosen.merge_ratio * floor) & (np.abs(weights).min(1) >= chosen.merge_weight)
+    for i in np.flatnonzero(good):
+        if plausible(weights[i]):
+            yield Reading(child, tuple(map(int, sets[i])), tuple(map(float, weights[i])),
+                          float(residual[i]), own, float(floor[i]))  # fmt: skip
+
+
+def plausible(weights: Array, tolerance: float = 0.02) -> bool:
+    """Convex, or an add-difference: one parent whole, and what the others add (each at most once) taken off one."""
+    w = np.sort(weights)
+    if w[0] >= 0:
+        return True
+    return bool(len(w) > 2 and w[1] > 0 and w[-1] < 1 + tolerance and np.abs(w - 1).min() < tolerance)
+
+
+def _needed(g: Array, rounding: Array, reading: Reading, chosen: Thresholds) -> bool:
+    """Whether the fit without any one of the parents is clearly worse."""
+    sets = np.array(list(combinations(reading.parents, len(reading.parents) - 1)), np.intp)
+    weights, residual = affine(g, reading.child, sets)
+    floor = reading.own + (weights**2 * rounding[sets]).sum(1)
+    return bool((residual > chosen.necessity * np.maximum(floor, reading.residual)).all())
+
+
+def resolve(found: Iterable[Reading], g: Array, chosen: Thresholds = CHOSEN) -> dict[int, Reading]:
+    """One reading per merged model: child -> reading. Each dependency is read from one end only, and no model
+    descends from itself."""
+    taken: dict[int, Reading] = {}
+    spent: set[frozenset[int]] = set()
+    ranked = sorted(found, key=lambda r: _rank(r, g, chosen))
+    convex_children = {r.child for r in ranked if r.convex}
+    best = {}
+    for r in ranked:
+        best[r.child] = min(best.get(r.child, np.inf), r.noise)
+    for r in sorted(ranked, key=lambda r: (r.noise > chosen.noise_gap * best[r.child], *_rank(r, g, chosen),
+                                           sum(p in convex_children for p in r.parents), r.noise)):  # fmt: skip
+        if r.child not in taken and r.members not in spent and not _cyclic(r, taken):
+            taken[r.child] = r
+            spent.add(r.members)
+    return taken
+
+
+def _rank(r: Reading, g: Array, chosen: Thresholds) -> tuple:
+    return (len(r.parents), not r.convex, round(_length_without(r, g), 9) if not r.convex else 0.0)
+
+
+def _length_without(r: Reading, g: Array) -> float:
+    """Length of the shortest tree over the dependent models without the child, over that of all readings' mean."""
+    d = distances(g)
+    rest = list(r.parents)
+    total, reached = 0.0, [rest[0]]
+    while len(reached) < len(rest):
+        length, nearest = min((float(d[a, b]), b) for a in reached for b in rest if b not in reached)
+        total += length
+        reached.append(nearest)
+    return total
+
+
+def _cyclic(reading: Reading, taken: dict[int, Reading]) -> bool:
+    seen, open_ = set(), list(reading.parents)
+    while open_:
+        node = open_.pop()
+        if node == reading.child:
+            return True
+        if node not in seen and node in taken:
+            seen.add(node)
+            open_ += taken[node].parents
+    return False
