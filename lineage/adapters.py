@@ -7,6 +7,7 @@ splitting on '_', which is ambiguous.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import re
@@ -16,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from lineage.errors import FileError, LineageError
 from lineage.factors import DORA, Factors, factors
 from lineage.keys import Param, kohya_modules
 from lineage.results import write_files
+from lineage.writer import SafetensorsWriter, TensorSpec
 
 __all__ = ["Adapter", "Factors", "bind", "is_adapter", "open_adapter", "save_adapter"]
 
@@ -140,13 +141,13 @@ def save_adapter(path: str | Path, modules: Mapping[str, Factors], metadata: Map
     name + ".bias"), the caller's `ss_*` metadata, and the two hashes that web UIs look adapters up by.
 
     The hashes are kohya's: of the tensor bytes (sshs_model_hash), and of bytes 0x100000 to 0x110000 of the file as it
-    is without them (sshs_legacy_hash)."""
+    is without them (sshs_legacy_hash). The same input gives the same bytes."""
     tensors: dict[str, Tensor] = {}
     for name, f in modules.items():
-        tensors |= {f"{name.removesuffix(BIAS)}.{slot}": t.contiguous() for slot, t in f.tensors.items()}
+        tensors |= {f"{name.removesuffix(BIAS)}.{slot}": t for slot, t in f.tensors.items()}
         if f.kind != "diff":
             tensors[f"{name}.alpha"] = torch.tensor(float(f.alpha))
-    plain = safetensors.torch.save(tensors, dict(metadata))
+    plain = _safetensors(tensors, metadata)
     start = 8 + int.from_bytes(plain[:8], "little")
     hashes = {
         "sshs_model_hash": hashlib.sha256(plain[start:]).hexdigest(),
@@ -154,7 +155,15 @@ def save_adapter(path: str | Path, modules: Mapping[str, Factors], metadata: Map
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_files(path.parent, {path.name: safetensors.torch.save(tensors, {**metadata, **hashes})}, force=True)
+    write_files(path.parent, {path.name: _safetensors(tensors, {**metadata, **hashes})}, force=True)
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    file = io.BytesIO()
+    writer = SafetensorsWriter(file, [TensorSpec(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], metadata)
+    for name in writer.order:
+        writer.put(name, tensors[name])
+    return file.getvalue()
 
 
 @contextmanager

@@ -278,6 +278,13 @@ def test_hashes_are_those_that_web_uis_compute(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    modules, metadata = {NAME: factors(lora(30, 2, 50))}, {f"ss_{i}": str(i) for i in range(20)}
+    for name in ("a", "b"):
+        save_adapter(tmp_path / f"{name}.safetensors", modules, metadata)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def lora(out: int, rank: int, columns: int) -> dict[str, torch.Tensor]:
     return {"lora_up.weight": torch.randn(out, rank), "lora_down.weight": torch.randn(rank, columns)}
 

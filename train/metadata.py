@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lineage.checkpoint import sha256, short_hash
+from lineage.hashing import sha256, short_hash
 from train.config import Config
 from train.models import Base
 
@@ -33,9 +33,9 @@ def base_hashes(base: Base) -> dict[str, str]:
 def metadata(
     config: Config, base: Base, hashes: Mapping[str, str], data: Mapping[str, Any], step: int
 ) -> dict[str, str]:
-    """Everything as text, JSON where it is no text; `data`: what the plan of the data adds, `step`: steps done."""
+    """Everything as text, tables as JSON; `data`: what the plan of the data adds, `step`: steps done."""
     found = {**_network(config), **_model(config, base), **_training(config, step), **_data(config), **data}
-    told = {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+    told = {key: json.dumps(value) if isinstance(value, dict) else str(value) for key, value in found.items()}
     title = {"modelspec.architecture": f"{ARCHITECTURES[base.architecture]}/lora", "modelspec.title": config.name}
     return {"format": "pt", **title, **hashes, **dict(sorted(told.items()))}
 
@@ -60,9 +60,9 @@ def _network(config: Config) -> dict[str, Any]:
 def _model(config: Config, base: Base) -> dict[str, Any]:
     return {
         "ss_base_model_version": VERSIONS[base.architecture] + ("_v" if base.v and base.architecture == "sd2" else ""),
-        "ss_v2": str(base.architecture == "sd2"),
-        "ss_v_parameterization": str(base.v),
-        "ss_zero_terminal_snr": str(base.zero_terminal_snr),
+        "ss_v2": base.architecture == "sd2",
+        "ss_v_parameterization": base.v,
+        "ss_zero_terminal_snr": base.zero_terminal_snr,
         "ss_clip_skip": config.data.clip_skip,
     }
 
@@ -81,7 +81,7 @@ def _training(config: Config, step: int) -> dict[str, Any]:
         "ss_batch_size_per_device": training.batch,
         "ss_total_batch_size": training.pictures_per_step,
         "ss_gradient_accumulation_steps": training.accumulation,
-        "ss_gradient_checkpointing": str(training.gradient_checkpointing),
+        "ss_gradient_checkpointing": training.gradient_checkpointing,
         "ss_max_grad_norm": training.clip_grad,
         "ss_mixed_precision": {"fp32": "no"}.get(training.precision, training.precision),
     }
@@ -90,16 +90,16 @@ def _training(config: Config, step: int) -> dict[str, Any]:
 def _data(config: Config) -> dict[str, Any]:
     data = config.data
     return {
-        "ss_resolution": str((data.resolution, data.resolution)),
-        "ss_enable_bucket": str(data.buckets),
+        "ss_resolution": (data.resolution, data.resolution),
+        "ss_enable_bucket": data.buckets,
         "ss_min_bucket_reso": data.bucket_min,
         "ss_max_bucket_reso": data.bucket_max,
-        "ss_bucket_no_upscale": str(not data.upscale),
-        "ss_cache_latents": str(data.cache_latents),
+        "ss_bucket_no_upscale": not data.upscale,
+        "ss_cache_latents": data.cache_latents,
         "ss_caption_dropout_rate": data.caption_dropout,
         "ss_caption_tag_dropout_rate": data.tag_dropout,
-        "ss_shuffle_caption": str(data.shuffle),
+        "ss_shuffle_caption": data.shuffle,
         "ss_keep_tokens": data.keep_tokens,
-        "ss_flip_aug": str(data.flip),
+        "ss_flip_aug": data.flip,
         "ss_prior_loss_weight": data.reg_weight,
     }

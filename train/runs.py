@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lineage.errors import FileError, LineageError
 from lineage.results import write_files
@@ -23,7 +23,6 @@ class RunFolder:
 
     def __init__(self, config: Config):
         self.path, self.config = config.save.folder, config
-        self._log: TextIO | None = None
         if (self.path / CONFIG).exists():
             self._compare(Config.read(self.path / CONFIG))
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -81,20 +80,13 @@ class RunFolder:
 
     def finish(self) -> None:
         """The run has ended: no state is needed any more."""
-        self.close()
         with suppress(OSError):
             (self.path / STATE).unlink(missing_ok=True)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
-        self._log = self._log or open(self.path / LOG, "a", encoding="utf-8")
-        self._log.write(json.dumps(record) + "\n")
-        self._log.flush()
-
-    def close(self) -> None:
-        if self._log:
-            self._log.close()
-        self._log = None
+        with open(self.path / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def _cut(self, steps: int) -> None:
         """Keep the log's first `steps` lines: what follows the last state is done again."""
