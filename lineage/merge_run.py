@@ -106,10 +106,11 @@ def _jobs(
     paths = [folder / f"{step.name}.{step.container}" for step in steps]
     _check_targets(paths, plan.originals, folder, force)
     room = [metadata(plan, i, placeholders(plan, hashed)) for i in written]
-    rows = list(zip(written, steps, paths, room, strict=True))
-    check_space(folder, sum(file_size(step.container, specs(plan, i), m) for i, step, _, m in rows))
-    for i, step, path, m in rows:
+    sizes = [file_size(step.container, specs(plan, i), m) for i, step, m in zip(written, steps, room, strict=True)]
+    check_space(folder, sum(sizes))
+    for i, step, path, m, size in zip(written, steps, paths, room, sizes, strict=True):
         target = stack.enter_context(Target(path))
+        target.reserve(size)
         writer = WRITERS[step.container](target.file, specs(plan, i), m)
         yield _Job(i, target, Output(plan.steps[i].table, writer, {j: plan.tables[j] for j in plan.sources(i)}))
 

@@ -16,6 +16,7 @@ from lineage.errors import FileError
 
 _PART = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.lineage-part")
 _SYNC_EVERY = 1 << 28
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _SyncingFile(io.FileIO):
@@ -66,8 +67,17 @@ class Target:
             self.file.close()
         with contextlib.suppress(OSError):
             self._part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in _FULL:
             raise FileError(self.path, f"cannot be written ({error.strerror}).", "Nothing was left behind.") from error
+
+    def reserve(self, size: int) -> None:
+        """Take `size` bytes of the disk at once, where the system can: writing them is faster, and does not run out."""
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._raw.fileno(), 0, size)
+            except OSError as e:
+                if e.errno in _FULL:
+                    raise
 
     @property
     def part(self) -> Path:

@@ -157,6 +157,7 @@ class CkptWriter:
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         self._zip.close()
+        self._file.truncate()  # what was reserved for it may be more
 
     def _open(self, path: str, size: int):
         """A new entry whose data begins aligned, as memory-mapping readers want it."""

@@ -355,6 +355,7 @@ def test_diffusers_loads_a_merge(tmp_path):
     unets[0].save_config(tmp_path / "config" / "unet")
     lineage.merge(parse("x = a + b, 0.25, safetensors\ny = a + b, 0.25, ckpt"), tmp_path, models=tmp_path)
     states = [u.state_dict() for u in unets]
+    assert (tmp_path / "y.ckpt").read_bytes()[-22:-18] == b"PK\5\6"  # nothing behind the archive's end
     for file in ("x.safetensors", "y.ckpt"):
         options = {"config": str(tmp_path / "config"), "subfolder": "unet", "local_files_only": True}
         loaded = UNet2DConditionModel.from_single_file(str(tmp_path / file), **options).state_dict()
