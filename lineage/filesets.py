@@ -1,4 +1,4 @@
-"""Which files of a folder are one thing: a pipeline's folder, a transformers or peft folder, a set of shards, a file."""
+"""Which files of a folder are one thing: a pipeline, a transformers or peft folder, a set of shards, a lone file."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch import Tensor
 
 from lineage.cache import Cache, State, cached_sha256, state_of
 from lineage.checkpoint import Checkpoint, open_checkpoint
-from lineage.errors import FileError
+from lineage.engines import in_parallel
+from lineage.errors import FileError, LineageError
 from lineage.hashing import size
 from lineage.keys import Param
-from lineage.moments import Tally, tame
+from lineage.moments import PART, Tally, tame
 from lineage.raw import Joined
-from lineage.sketch import LEAST, ROW, SLOTS, Hash, allocate
+from lineage.sketch import LEAST, SLOTS, Hash, allocate
 
 Progress = Callable[[int, int, str], None]
 Slots = tuple[tuple[str, int, int], ...]
@@ -42,7 +44,7 @@ MOST_BLOCKS = SLOTS // LEAST // 4
 class TensorPrint:
     """One parameter, under its canonical name. Statistics as in moments.Moments.
 
-    hash: of its bytes as the canonical view has them, 128 bits hexadecimal. values_hash: the same for any order."""
+    hash: of dtype and entries in order, 128 bits hexadecimal; against accidents, not forgery."""
 
     name: str
     component: str
@@ -109,6 +111,37 @@ def fingerprint(
     return found
 
 
+def fingerprints(
+    paths: Sequence[str | Path],
+    *,
+    cache: Path | None = None,
+    jobs: int = 1,
+    engine: str | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[Path, Fingerprint], dict[Path, str]]:
+    """(path -> fingerprint, path -> why it has none) of many models; see engines.in_parallel for jobs and engines."""
+    plain = [Path(path) for path in paths]
+    one = partial(_fingerprint_or_reason, cache=cache)
+    found = in_parallel(one, plain, jobs=jobs, engine=engine, address=address, progress=progress)
+    pairs = list(zip(plain, found, strict=True))
+    return {p: f for p, f in pairs if isinstance(f, Fingerprint)}, {p: f for p, f in pairs if isinstance(f, str)}
+
+
+def _fingerprint_or_reason(path: Path, cache: Path | None) -> Fingerprint | str:
+    """On one thread: the processes are the parallel work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return fingerprint(path, cache=cache)
+    except LineageError as e:
+        return str(e)
+    except OSError as e:
+        return str(FileError(path, f"cannot be read ({e.strerror or e})."))
+    finally:
+        torch.set_num_threads(before)
+
+
 def is_weight(component: str, dtype: str | torch.dtype) -> bool:
     """Whether a parameter of this component and dtype is a weight: schedules, counters and indexes are not."""
     return component != "other" and str(dtype).removeprefix("torch.").startswith(("float", "bfloat"))
@@ -138,12 +171,13 @@ def _read(checkpoint: Checkpoint, cache: Cache, seed: int, progress: Progress | 
         for i, param in enumerate(params, 1):
             files.reach(param.stored)
             block = own(param)
-            entries = param.view(checkpoint.raw[param.stored]).reshape(-1)
+            entries = _flat(param.view(checkpoint.raw[param.stored]))
             weight = is_weight(param.component, param.dtype)
-            hashed = Hash(param.name, param.numel, width[block], seed) if weight else None
-            prints.append(_print(param, block, entries, hashed))
-            if hashed:
-                sketch[block] += hashed.sketch()
+            hashed = partial(Hash, param.name, param.numel, width[block], seed) if weight else None
+            found, part = _print(param, block, entries, hashed)
+            prints.append(found)
+            if weight:
+                sketch[block] += part
             if progress:
                 progress(i, len(params), param.name)
         digest = files.finish()
@@ -160,16 +194,20 @@ def _read(checkpoint: Checkpoint, cache: Cache, seed: int, progress: Progress | 
     )
 
 
-def _print(param: Param, block: str, entries: Tensor, hashed: Hash | None) -> TensorPrint:
-    """All that one parameter's entries tell, a row at a time; `hashed` takes them in too."""
-    digest, tally = hashlib.sha256(), Tally(param.dtype)
-    for row in entries.split(ROW):
-        digest.update(row.contiguous().view(torch.uint8).numpy().data)
-        tally.add(row.contiguous())
-        if hashed:
-            hashed.add(tame(row).float())
-    moments = asdict(tally.moments())
-    return TensorPrint(
+def _print(param: Param, block: str, entries: Tensor, hashed: Callable[[], Hash] | None) -> tuple[TensorPrint, NDArray]:
+    """What one parameter's entries tell, and their sketch; a part at a time."""
+    digest, tally, sketch = hashlib.sha256(str(param.dtype).encode()), Tally(entries.dtype), hashed and hashed()
+    for part in entries.split(PART):
+        digest.update(zlib.crc32(part.view(torch.uint8).numpy()).to_bytes(4, "little"))
+        tally.add(part)
+        if sketch:
+            sketch.take(part)
+    moments = tally.moments()
+    if hashed and sketch and moments.wild:
+        sketch = hashed()
+        sketch.take(tame(entries))
+    digest.update(moments.values_hash.encode())
+    found = TensorPrint(
         name=param.name,
         component=param.component,
         block=block,
@@ -177,8 +215,15 @@ def _print(param: Param, block: str, entries: Tensor, hashed: Hash | None) -> Te
         shape=tuple(param.shape),
         dtype=_name(param.dtype),
         hash=digest.hexdigest()[:32],
-        **moments,
+        **vars(moments),
     )
+    return found, sketch.sketch() if sketch else np.zeros(0)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """(n,) contiguous; a complex number is two entries."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real.reshape(-1).contiguous()
 
 
 def _slots(specs: Mapping[str, Param]) -> Slots:

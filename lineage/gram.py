@@ -231,7 +231,10 @@ def facts(
 
 def sketch_gram(prints: Mapping[str, Fingerprint]) -> Gram:
     """The table from sketches alone (name -> fingerprint; no file is touched). A block of which any model lacks a
-    weight, or has it in another shape, is left out whole. LineageError where nothing is left."""
+    weight, or has it in another shape, is left out whole. LineageError where nothing is left.
+
+    Above MOST_SPLIT models the table is float32: what lies within 1e-3 of the distance to the first model drowns there,
+    so look for the trees in it, and then make one table per tree."""
     found = shared(prints)
     spoilt = {t.block: f"its block {t.block} holds {t.name}: {found.left_out[t.name]}" for p in prints.values()
               for t in p.tensors if t.name in found.left_out}  # fmt: skip
@@ -241,20 +244,27 @@ def sketch_gram(prints: Mapping[str, Fingerprint]) -> Gram:
         raise LineageError(f"{', '.join(prints)}: every block differs in its weights; compare the files exactly.")
     blocks, entries, norms, rounding = facts(prints, found)
     slots = {b: min(_width(p, b) for p in prints.values()) for b in blocks}
-    table = np.stack([_block_table(prints, block, slots[block]) for block in blocks])
     widths = np.array([slots[b] for b in blocks])
-    return Gram(tuple(prints), blocks, table, entries, norms, rounding, False, found.left_out, widths)
+    if len(prints) <= MOST_SPLIT:
+        table = np.stack([_products(prints, block, slots[block], np.float64) for block in blocks])
+        return Gram(tuple(prints), blocks, table, entries, norms, rounding, False, found.left_out, widths)
+    whole = np.zeros((1, len(prints), len(prints)), np.float32)
+    for block in blocks:
+        whole[0] += _products(prints, block, slots[block], np.float32)
+    norms, rounding = np.linalg.norm(norms, axis=1, keepdims=True), rounding.sum(1, keepdims=True)
+    entries, widths = np.array([entries.sum()]), np.array([widths.sum()])
+    return Gram(tuple(prints), (WHOLE,), whole, entries, norms, rounding, False, found.left_out, widths)
 
 
 def _width(p: Fingerprint, block: str) -> int:
     return next(stop - start for name, start, stop in p.slots if name == block)
 
 
-def _block_table(prints: Mapping[str, Fingerprint], block: str, slots: int) -> Floats:
-    parts = []
-    for p in prints.values():
+def _products(prints: Mapping[str, Fingerprint], block: str, slots: int, dtype: type) -> NDArray:
+    """(n, n) products of the differences of one block's sketches from the first model's."""
+    rows = np.empty((len(prints), slots), dtype)
+    for row, p in zip(rows, prints.values(), strict=True):
         start, stop = next((a, b) for name, a, b in p.slots if name == block)
-        parts.append(fold(p.sketch[start:stop].astype(np.float64), slots))
-    rows = np.stack(parts)
+        row[:] = fold(p.sketch[start:stop], slots)
     rows -= rows[0].copy()
     return rows @ rows.T

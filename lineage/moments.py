@@ -1,7 +1,7 @@
 """What a tensor's values are like, whatever their order: moments, extremes, rounding energy, a hash of the values.
 
-16-bit (and 8-bit) values are counted pattern by pattern, so all of it is exact; wider ones are summed in float64.
-An entry that is not finite, or above 2^60 (no weight is), counts as `wild` and as zero in everything else.
+Values of one or two bytes are counted pattern by pattern, so all of it is exact; wider ones are summed in float64. An
+entry that is not finite, or above 2^60 (no weight is), counts as wild, and as zero in everything else.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch import Tensor
 from lineage.rounding import ulp
 
 WILD = 2.0**60
-_SUMS = 7  # sum x, x^2, x^3, x^4, ulp^2 / 12; zeros; wild entries
+PART = 1 << 18  # entries counted at once: fewer, and clearing the counts costs more than counting
+FEW = 1 << 12  # entries below which they are looked up, not counted
+_LANES = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))  # odd numbers; two lanes make 64 bits against accidents
+_WIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of n entries. norm: Frobenius. skewness, kurtosis (3 for a Gaussian): 0 where all entries are equal.
+    """norm: Frobenius. skewness, kurtosis (3 for a Gaussian): 0 where all entries are equal. largest: in magnitude.
 
-    rounding_energy: sum of ulp^2 / 12 in the stored dtype, the variance of what storing took away. largest: of the
-    magnitudes. values_hash: of dtype and values, 128 bits hexadecimal; the same for any order of them."""
+    rounding_energy: sum of ulp^2 / 12 in the stored dtype, the variance of what storing took away. values_hash: of
+    dtype and values, 128 bits hexadecimal, the same for any order of them; against accidents, not forgery."""
 
     norm: float
     mean: float
@@ -40,111 +43,161 @@ class Moments:
     values_hash: str
 
 
+@dataclass
+class _Sums:
+    """Of x, x^2, x^3, x^4, ulp^2 / 12, zeros and wild entries; the largest magnitude; the lanes of the hash."""
+
+    powers: NDArray[np.float64]
+    largest: float
+    lanes: NDArray[np.uint64]
+
+    def __iadd__(self, other: _Sums) -> _Sums:
+        self.powers += other.powers
+        self.largest = max(self.largest, other.largest)
+        self.lanes += other.lanes
+        return self
+
+
+def moments(entries: Tensor) -> Moments:
+    """Of a tensor (n,) of any real dtype, contiguous."""
+    tally = Tally(entries.dtype)
+    for part in entries.split(PART):
+        tally.add(part)
+    return tally.moments()
+
+
 class Tally:
-    """Counts the entries of one tensor, part by part, in any order."""
+    """The moments of a tensor of `dtype` that comes in parts, in any order."""
 
     def __init__(self, dtype: torch.dtype):
         self._dtype, self._entries = dtype, 0
-        self._counts = np.zeros(1 << (8 * dtype.itemsize), np.int64) if dtype.itemsize <= 2 else None
-        self._sums, self._largest = np.zeros(_SUMS), 0.0
-        self._mixed = np.zeros(2, np.uint64)
+        self._sums = _Sums(np.zeros(7), 0.0, np.zeros(len(_LANES), np.uint64))
+        self._counts: Tensor | None = None
 
     def add(self, part: Tensor) -> None:
-        """Some more entries (n,), contiguous, in the tensor's dtype."""
+        """Up to PART more entries (n,), contiguous."""
         self._entries += len(part)
-        if self._counts is not None:
-            bits = _bits(part)
-            self._counts += np.bincount(bits, minlength=len(self._counts))
-            return
-        sums, largest = _sums(part)
-        self._sums += sums
-        self._largest = max(self._largest, largest)
-        self._mixed += _mixed(part)
+        if self._dtype.itemsize > 2:
+            self._sums += _summed(part)
+        elif len(part) <= FEW:
+            self._sums += _table(self._dtype).at(_patterns(part))
+        else:
+            counts = torch.bincount(_patterns(part), minlength=1 << (8 * self._dtype.itemsize))
+            self._counts = counts if self._counts is None else self._counts.add_(counts)
 
     def moments(self) -> Moments:
         """Of all entries so far."""
-        identity = self._mixed.tobytes()
         if self._counts is not None:
-            there = np.flatnonzero(self._counts)
-            counts = self._counts[there]
-            table, magnitudes = _table(self._dtype)
-            self._sums, self._largest = counts @ table[there], float(magnitudes[there].max(initial=0.0))
-            identity = there.astype("<u4").tobytes() + counts.astype("<i8").tobytes()
-        digest = hashlib.sha256(f"{self._dtype} {self._entries} ".encode() + identity).hexdigest()[:32]
-        return _moments(self._entries, self._sums, self._largest, digest)
+            self._sums += _table(self._dtype).counted(self._counts.numpy())
+            self._counts = None
+        return _central(self._entries, self._sums, f"{self._dtype} {self._entries} ".encode())
 
 
-def _moments(n: int, sums: NDArray, largest: float, digest: str) -> Moments:
-    """Central moments from raw ones: weights lie around 0, so little cancels."""
-    m1, m2, m3, m4 = sums[:4] / max(1, n - sums[6])
+def tame(row: Tensor) -> Tensor:
+    """(n,) in float32 (float64 stays), wild entries set to zero."""
+    wide = row if row.dtype == torch.float64 else row.float()
+    return torch.where(wide.abs() <= WILD, wide, 0)  # no comparison with NaN is true
+
+
+def _central(n: int, sums: _Sums, label: bytes) -> Moments:
+    """From raw moments: weights lie around 0, so little cancels."""
+    m1, m2, m3, m4 = sums.powers[:4] / max(1, n - sums.powers[6])
     variance = max(0.0, m2 - m1 * m1)
     spread = variance > 1e-12 * m2
     third = m3 - 3 * m1 * m2 + 2 * m1**3
     fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
     return Moments(
-        norm=float(sums[1] ** 0.5),
+        norm=float(sums.powers[1] ** 0.5),
         mean=float(m1),
         std=float(variance**0.5),
         skewness=float(third / variance**1.5) if spread else 0.0,
         kurtosis=float(fourth / variance**2) if spread else 0.0,
-        largest=largest,
-        zeros=int(sums[5]),
-        wild=int(sums[6]),
-        rounding_energy=float(sums[4]),
-        values_hash=digest,
+        largest=sums.largest,
+        zeros=int(sums.powers[5]),
+        wild=int(sums.powers[6]),
+        rounding_energy=float(sums.powers[4]),
+        values_hash=hashlib.sha256(label + sums.lanes.astype("<u8").tobytes()).hexdigest()[:32],
     )
 
 
-def tame(row: Tensor) -> Tensor:
-    """(n,) as float32 or float64, wild entries set to zero."""
-    wide = row.to(torch.float64 if row.dtype == torch.float64 else torch.float32)
-    return torch.where(wide.abs() <= WILD, wide, 0)  # a comparison with NaN is false
+def _summed(part: Tensor) -> _Sums:
+    """Of entries of four or eight bytes."""
+    x = part.double()
+    low, high = (float(v) for v in torch.aminmax(x)) if len(x) else (0.0, 0.0)
+    wild = 0
+    if not (low >= -WILD and high <= WILD):  # NaN too
+        wild = int((~(x.abs() <= WILD)).sum())
+        x = tame(x)
+        low, high = (float(v) for v in torch.aminmax(x))
+    square = x * x
+    rounding = float(_spacing(part, x).square().sum()) / 12 if part.is_floating_point() else 0.0
+    zeros = len(x) - int(torch.count_nonzero(x)) - wild
+    powers = [x.sum(), x @ x, x @ square, square @ square, rounding, zeros, wild]
+    bits = part.numpy().view(f"u{part.dtype.itemsize}")
+    return _Sums(np.array([float(p) for p in powers]), max(-low, high), _lanes(bits))
 
 
-def _bits(part: Tensor) -> NDArray:
-    return part.view(torch.uint8).numpy().view(f"<u{part.dtype.itemsize}")
+def _spacing(part: Tensor, x: Tensor) -> Tensor:
+    """ulp of each entry, 0 for wild ones; `x`: the tame entries. Of float64 that of float32: next to nothing."""
+    wide = part if part.dtype != torch.float64 else part.float()
+    steps = ulp(wide).to(x.dtype)
+    return steps if bool((wide.abs() <= WILD).all()) else torch.where(wide.abs() <= WILD, steps, 0)
+
+
+def _patterns(part: Tensor) -> Tensor:
+    """Bit patterns of one- or two-byte entries as integers from 0."""
+    if part.dtype.itemsize == 1:
+        return part.view(torch.uint8).int()
+    return part.view(torch.int16).int().bitwise_and_(0xFFFF)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What each bit pattern adds: to the powers (patterns, 7), as a magnitude, to the lanes (lanes, patterns)."""
+
+    powers: NDArray[np.float64]
+    magnitudes: NDArray[np.float64]
+    lanes: NDArray[np.uint64]
+
+    def at(self, patterns: Tensor) -> _Sums:
+        """Of a few entries."""
+        i = patterns.numpy()
+        return _Sums(self.powers[i].sum(0), float(self.magnitudes[i].max(initial=0.0)), self.lanes[:, i].sum(1))
+
+    def counted(self, counts: NDArray[np.int64]) -> _Sums:
+        """Of as many entries of each pattern as `counts` says."""
+        lanes = (counts.astype(np.uint64) * self.lanes).sum(1)
+        largest = float(self.magnitudes[counts > 0].max(initial=0.0))
+        return _Sums(counts.astype(np.float64) @ self.powers, largest, lanes)
 
 
 @cache
-def _table(dtype: torch.dtype) -> tuple[NDArray, NDArray]:
-    """Per bit pattern: (what it adds to the sums, its magnitude)."""
-    size = dtype.itemsize
-    patterns = torch.from_numpy(np.arange(1 << (8 * size)).astype(f"<u{size}").view(np.uint8).copy())
-    values = patterns.view(dtype)
-    rows = [_sums(values[i : i + 1]) for i in range(len(values))] if dtype.is_complex else _each(values)
-    return rows
-
-
-def _each(values: Tensor) -> tuple[NDArray, NDArray]:
-    x = tame(values).double()
+def _table(dtype: torch.dtype) -> _Table:
+    bits = np.arange(1 << (8 * dtype.itemsize)).astype(f"u{dtype.itemsize}")
+    values = torch.from_numpy(bits.view(np.uint8).copy()).view(dtype)
     wide = values.double()
+    x = tame(wide)
     wild = ~(wide.abs() <= WILD)
-    columns = [x, x**2, x**3, x**4, _rounding(values), (wide == 0).double(), wild.double()]
-    return torch.stack(columns, 1).numpy(), x.abs().numpy()
+    rounding = torch.zeros_like(x)
+    if dtype.is_floating_point:
+        rounding = torch.where(wild, 0, ulp(values).double().square() / 12)
+    columns = [x, x**2, x**3, x**4, rounding, (wide == 0).double(), wild.double()]
+    lanes = np.stack([_mixed(bits, *odd) for odd in _LANES]).astype(np.uint64)
+    return _Table(torch.stack(columns, 1).numpy(), x.abs().numpy(), lanes)
 
 
-def _rounding(values: Tensor) -> Tensor:
-    """ulp^2 / 12 of each entry, float64; 0 for integers and for wild entries."""
-    if not values.dtype.is_floating_point:
-        return torch.zeros(len(values), dtype=torch.float64)
-    step = ulp(values).double()
-    return torch.where(tame(values) == values.to(step.dtype), step.square() / 12, 0.0)
+def _lanes(bits: NDArray) -> NDArray[np.uint64]:
+    """Sums of well mixed bit patterns mod 2^64: hashes of a multiset (Clarke et al. 2003, with a fixed mixer)."""
+    if bits.itemsize == 8:
+        bits = ((bits * _WIDE) >> np.uint64(32)).astype(np.uint32)
+    return np.array([_mixed(bits, *odd).sum(dtype=np.uint64) for odd in _LANES], np.uint64)
 
 
-def _sums(part: Tensor) -> tuple[NDArray, float]:
-    """(what these entries add to the sums, largest magnitude)."""
-    each, magnitudes = _each(part)
-    return each.sum(0), float(magnitudes.max(initial=0.0))
-
-
-def _mixed(part: Tensor) -> NDArray:
-    """Two sums mod 2^64 of well mixed entries: a hash of a multiset (Clarke et al. 2003, with a fixed mixer)."""
-    bits = _bits(part).astype(np.uint64)
-    out = np.empty(2, np.uint64)
-    for i, odd in enumerate((0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)):
-        x = (bits + np.uint64(i + 1)) * np.uint64(odd)
-        x ^= x >> np.uint64(29)
-        x *= np.uint64(0xBF58476D1CE4E5B9)
-        x ^= x >> np.uint64(32)
-        out[i] = x.sum(dtype=np.uint64)
-    return out
+def _mixed(bits: NDArray, first: int, second: int) -> NDArray[np.uint32]:
+    x = bits.astype(np.uint32)
+    x += np.uint32(1)
+    x *= np.uint32(first)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(second)
+    x ^= x >> np.uint32(13)
+    return x

@@ -48,11 +48,11 @@ def allocate(entries: Mapping[str, int], slots: int = SLOTS) -> dict[str, int]:
 
 def fold(sketch: NDArray, slots: int) -> NDArray:
     """A sketch (..., m) as it would be with fewer slots (..., slots); both powers of two."""
-    return sketch.reshape(*sketch.shape[:-1], -1, slots).sum(-2)
+    return sketch.reshape(*sketch.shape[:-1], -1, slots).sum(-2, dtype=np.float64)
 
 
 class Hash:
-    """The hash of one parameter into `slots` (a power of two, at most SLOTS). `add` its rows in order, then `sketch`.
+    """The hash of one parameter into `slots` (a power of two, at most SLOTS): `take` its entries, then `sketch`.
 
     name: canonical; entries: of the parameter; seed: of the whole family of hashes."""
 
@@ -61,21 +61,30 @@ class Hash:
         self._from = (draws % np.uint64(_POOL)).tolist()
         self._shift = (draws // np.uint64(_POOL) % np.uint64(SLOTS)).tolist()
         self._sign = (1 - 2 * (draws >> np.uint64(63)).astype(np.int64)).tolist()
-        self._signs = _signs(seed)
-        self._slots, self._single, self._rows = slots, entries <= ROW, 0
-        self._sum = torch.zeros(SLOTS + ROW)
+        self._signs, self._slots, self._rows = _signs(seed), slots, 0
+        self._sum = torch.zeros(SLOTS + ROW) if entries > ROW else None
+        self._small = np.zeros(slots)
 
-    def add(self, row: Tensor) -> None:
-        """The next ROW entries (the last row may be shorter), (n,) float32."""
-        i, self._rows = self._rows, self._rows + 1
-        start, at = self._shift[i], self._from[i]
-        self._sum[start : start + len(row)].addcmul_(row, self._signs[at : at + len(row)], value=self._sign[i])
+    def take(self, part: Tensor) -> None:
+        """The next entries (n,), row-major; n a multiple of ROW, but for the last ones."""
+        for row in part.split(ROW):
+            i, n = self._rows, len(row)
+            signs = self._signs[self._from[i] : self._from[i] + n]
+            if self._sum is None:
+                signed = row.float().mul_(signs).numpy() * self._sign[i]
+                slots = _place()[self._shift[i] : self._shift[i] + n] & (self._slots - 1)
+                self._small = np.bincount(slots, signed, self._slots)
+            else:
+                there = self._sum[self._shift[i] : self._shift[i] + n]
+                there.addcmul_(row.float(), signs, value=self._sign[i])
+            self._rows += 1
 
     def sketch(self) -> NDArray[np.float64]:
         """(slots,) float64, on a grid on which sums of sketches are exact."""
-        self._sum[:ROW] += self._sum[SLOTS:]
-        scattered = self._sum.numpy()[_permutation()]
-        return np.rint(scattered[:SLOTS].astype(np.float64).reshape(-1, self._slots).sum(0) * _GRID) / _GRID
+        if self._sum is not None:
+            self._sum[:ROW] += self._sum[SLOTS:]
+            self._small = self._sum.numpy()[_order()].reshape(-1, self._slots).sum(0, dtype=np.float64)
+        return np.rint(self._small * _GRID) / _GRID
 
 
 def _philox(text: str) -> np.random.Philox:
@@ -92,5 +101,13 @@ def _signs(seed: int) -> Tensor:
 
 
 @cache
-def _permutation() -> NDArray[np.int64]:
+def _order() -> NDArray[np.int64]:
+    """One permutation of SLOTS places."""
     return np.argsort(_philox("permutation").random_raw(SLOTS), kind="stable")
+
+
+@cache
+def _place() -> NDArray[np.int64]:
+    """Its inverse, continued cyclically by ROW."""
+    inverse = np.argsort(_order(), kind="stable")
+    return np.concatenate([inverse, inverse[:ROW]])
