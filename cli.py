@@ -181,7 +181,7 @@ def svd(run: Run, models: Sequence[Path], components: tuple[str, ...], rank: int
     (LoRA, LoCon, LoHa, LoKr); then BASE is optional.
     """
     import lineage
-    from lineage.hashing import begin
+    from lineage.cache import begin
 
     if len(models) > 2:
         raise click.UsageError(f"{len(models)} models given: BASE TUNED, or one adapter file.")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lineage import hashing
 from lineage.errors import FileError
 from lineage.hashing import sha256
 from lineage.target import Target
@@ -52,6 +53,12 @@ def cached_sha256(path: str | os.PathLike, cache: Cache | None = None) -> str:
         known = sha256(path)
         cache.remember(path, before, known)
     return known
+
+
+def begin(*paths: str | os.PathLike) -> None:
+    """`hashing.begin` of the files whose hash is not known yet."""
+    cache = Cache()
+    hashing.begin(*(path for path in map(Path, paths) if cache.known(path) is None))
 
 
 def state_of(path: Path) -> State:

@@ -14,10 +14,11 @@ from joblib import Parallel, delayed
 from torch import Tensor
 
 from lineage.adapters import Factors, bind, is_adapter, open_adapter
+from lineage.cache import begin, cached_sha256
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.claim import summarise
 from lineage.errors import LineageError
-from lineage.hashing import begin, sha256, size
+from lineage.hashing import size
 from lineage.keys import Param, match
 from lineage.layers import Facts, Seen, Sums, matrix_shape
 from lineage.results import LayerSpectrum, SvdResult, VectorDelta, provenance
@@ -334,4 +335,4 @@ def _module(name: str, factors: Factors) -> Param:
 
 def identify(path: Path) -> dict[str, Any]:
     """What a result says of an input: its name, bytes and sha256."""
-    return {"path": path.name, "bytes": size(path), "sha256": sha256(path)}
+    return {"path": path.name, "bytes": size(path), "sha256": cached_sha256(path)}

@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lineage.cache import cached_sha256
 from lineage.checkpoint import Checkpoint
-from lineage.hashing import sha256, short_hash
+from lineage.hashing import short_hash
 from lineage.merge_plan import Plan
 
 _ARCHITECTURES = {
@@ -25,7 +26,7 @@ _ARCHITECTURES = {
 
 def file_hash(path: Path) -> str:
     """sha256 of a file; "" of a folder."""
-    return sha256(path) if path.is_file() else ""
+    return cached_sha256(path) if path.is_file() else ""
 
 
 def placeholders(plan: Plan, hashed: bool = True) -> list[str]:

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from lineage.cache import Cache, state_of
 from lineage.checkpoint import Checkpoint
 from lineage.errors import FileError
-from lineage.hashing import begin
+from lineage.hashing import begin, sha256
 from lineage.merge_metadata import file_hash, metadata, placeholders
 from lineage.merge_plan import Plan, make_plan, warnings_of
 from lineage.merge_report import input_records, output_record, overflow_warnings, specs, step_records
@@ -68,7 +69,7 @@ class _Job:
         if hashed:
             begin(self.target.part)
         self.target.sync()
-        return file_hash(self.target.part) if hashed else ""
+        return sha256(self.target.part) if hashed else ""
 
 
 def _write(
@@ -90,8 +91,10 @@ def _write(
         job.target.file.flush()
     digests = [job.digest(hashed) for job in jobs]
     _check_unchanged(plan.originals, before)
-    for job in jobs:
+    for job, digest in zip(jobs, digests, strict=True):
         job.target.commit()
+        if hashed:
+            Cache().remember(job.target.path, state_of(job.target.path), digest)
     records = [
         output_record(plan, job.step, job.target.path, d, job.output) for job, d in zip(jobs, digests, strict=True)
     ]

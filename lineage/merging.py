@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lineage.cache import begin
 from lineage.errors import FileError, LineageError
-from lineage.hashing import begin
 from lineage.recipe import Operand, Place, Recipe, Step, did_you_mean, parse
 from lineage.recipe_toml import parse_toml
 from lineage.resolution import resolve

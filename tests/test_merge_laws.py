@@ -16,6 +16,7 @@ from test_merging import SHAPES, TEXT, UNET, assert_same_bits, save
 from torch import Tensor, nn
 
 import lineage
+from lineage.cache import cached_sha256
 from lineage.errors import LineageError
 from lineage.hashing import sha256, short_hash
 from lineage.recipe import coefficients, parse
@@ -278,6 +279,15 @@ def test_result_records_files_policies_and_changes(models, tmp_path):
     assert output.changes[0].whole == pytest.approx(expected, rel=1e-3)
     middle = 0.25 * float((b[CONV] - a[CONV]).norm() / a[CONV].norm())
     assert output.changes[0].blocks["M00"] == pytest.approx(middle, rel=1e-3)
+
+
+def test_a_known_hash_is_not_taken_for_a_changed_file(models, tmp_path):
+    recipe = parse("x = a + b, 0.25, safetensors")
+    for seed in (1, 2):
+        save(model(seed), models / "b.safetensors")
+        found = lineage.merge(recipe, tmp_path, models=models, force=True)
+        assert [i.sha256 for i in found.inputs] == [sha256(models / f"{n}.safetensors") for n in "ab"]
+        assert cached_sha256(tmp_path / "x.safetensors") == sha256(tmp_path / "x.safetensors")
 
 
 def test_sampled_change_is_close(tmp_path):
