@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lineage import copies, direction, unmerge
+from lineage.checkpoint import Checkpoint
 from lineage.cluster_result import Evidence
+from lineage.delta import svd
 from lineage.fingerprint import Fingerprint
 from lineage.graph import adopt, attach, between, rehang, rooted, spanning_tree
 from lineage.thresholds import CHOSEN, Thresholds
@@ -134,6 +136,20 @@ def _copies(kin: Kin, found: Ancestry, chosen: Thresholds) -> list[int]:
                 found.derived[child] = parent
                 left.remove(child)
                 break
+    return _permuted(kin, left, found, d)
+
+
+def _permuted(kin: Kin, left: list[int], found: Ancestry, d: Array) -> list[int]:
+    """Copies in another order hang from the one of the two that has other kin near."""
+    for pair in copies.permuted(kin.prints):
+        if set(pair) <= set(left):
+            near = {m: min((d[m, o] for o in left if o not in pair), default=np.inf) for m in pair}
+            parent, child = sorted(pair, key=lambda m: (near[m], m))
+            words = Evidence("values", "every tensor holds the same values in another order", 1.0)
+            sure = near[parent] < near[child]
+            found.links.append(Link(parent, child, "permuted", 0.97, (words,), directed=sure))
+            found.derived[child] = parent
+            left = [m for m in left if m != child]
     return left
 
 
@@ -221,12 +237,41 @@ def _finetunes(
     root = base if base in core else max(core, key=lambda m: (chances[m], -m))
     parent = adopt(rehang(rooted(edges, root), w, chosen.hidden_branch), merges, d)
     parent = attach(parent, late, [*core, *merges], d)
+    sides = direction.below(rooted(edges, root), chances)
     for child, above in sorted(parent.items()):
         rivals = [d[child, o] for o in core if o not in (child, above) and parent.get(o) != child]
-        words = Evidence("distance", "nearest by squared distance, which adds along paths", float(d[child, above]))
         sure = _margin(d[child, above], min(rivals)) if rivals else 0.6
-        found.links.append(Link(above, child, "finetune", sure, (words,)))
+        forward = 1 - sides.get(child, 0.0) if base != root else 1.0
+        found.links.append(_finetune(kin, above, child, sure, forward, float(d[child, above]), chosen))
     found.root, found.root_confidence = root, 1.0 if base == root else chances[root]
+
+
+def _finetune(
+    kin: Kin, parent: int, child: int, sure: float, forward: float, distance: float, chosen: Thresholds
+) -> Link:
+    """A link of the fine-tune tree: an adapter's where only matrices changed, in few ranks."""
+    words = [Evidence("distance", "nearest by squared distance, which adds along paths", distance)]
+    words.append(Evidence("root", "probability that the parent is nearer the root of the tree", round(forward, 4)))
+    directed = forward > chosen.directed
+    rank = _baked_rank(kin, parent, child, chosen)
+    if rank is not None:
+        words.append(Evidence("rank", "only matrices differ, and in few ranks: an adapter baked in", rank))
+    relation = "finetune" if rank is None else "adapter"
+    return Link(parent, child, relation, sure * (forward if directed else 1), tuple(words), directed, rank=rank)
+
+
+def _baked_rank(kin: Kin, parent: int, child: int, chosen: Thresholds) -> int | None:
+    """Median signal rank of the changed matrices, where no vector changed and it is low; None elsewhere."""
+    old, new = kin.models[parent], kin.models[child]
+    if not isinstance(old, Checkpoint) or not isinstance(new, Checkpoint) or not kin.vectors:
+        return None
+    if not copies.rounds_to(new, old, kin.vectors):
+        return None
+    layers = [layer for layer in svd(old.path, new.path, tolerance=0.1).layers if layer.frobenius > 0]
+    shares = [(x.signal_rank, min(x.shape[0], x.entries // x.shape[0])) for x in layers if x.signal_rank is not None]
+    if not shares or np.median([r / short for r, short in shares]) > chosen.low_rank:
+        return None
+    return int(np.median([r for r, _ in shares]))
 
 
 def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: Thresholds) -> Array:

@@ -158,6 +158,8 @@ def _edges(tree: Tree, names: Sequence[str]) -> list[Edge]:
     found = []
     for link in tree.ancestry.links:
         a, b = link.parent, link.child
+        if not link.directed:
+            a, b = sorted((a, b), key=lambda i: names[i])
         found.append(
             Edge(
                 names[a],

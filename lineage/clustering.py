@@ -17,6 +17,7 @@ from lineage.ancestry import Ancestry, Kin, grow
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.cluster_records import Found, records
 from lineage.cluster_result import ClusterResult
+from lineage.copies import permuted
 from lineage.errors import LineageError, MissingExtra
 from lineage.evidence import Declared, Identity, declared, read_dates
 from lineage.exact import choose, exact_gram
@@ -177,7 +178,10 @@ def _grown(models: Sequence[Model], options: Options, progress: Progress | None)
         gram = sketch_gram(prints)
         rows = [i for i, block in enumerate(gram.blocks) if block in main.values()]
         d = np.stack([gram.distances(gram.blocks[i]) for i in rows])
-        for members in trees(kinship(d, gram.norms[:, rows], gram.entries[rows].astype(float), options.chosen)):
+        related = kinship(d, gram.norms[:, rows], gram.entries[rows].astype(float), options.chosen)
+        for a, b in permuted([m.print for m in group]):
+            related[a, b] = related[b, a] = True
+        for members in trees(related):
             done += len(members)
             if progress:
                 progress(done, len(models), f"tree of {len(members)}")

@@ -128,3 +128,11 @@ def precedence(
             w * ((a in line[b]) - (b in line[a])) for a, b, w in known if a in line and b in line and a != b
         )
     return scores
+
+
+def below(parent: Mapping[int, int], chances: Mapping[int, float]) -> dict[int, float]:
+    """Probability that the true root lies at or below each child, so that its edge points the other way."""
+    held = dict(chances)
+    for child in reversed(parent):
+        held[parent[child]] += held[child]
+    return {child: held[child] for child in parent}

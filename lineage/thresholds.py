@@ -25,6 +25,7 @@ class Thresholds:
     neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
+    directed: float = 0.7  # probability of a direction from which on an edge has one
     whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share
     whiten_floor: float = 1e-3  # of the largest eigenvalue, added before the inverse root
     replicates: int = 32  # bootstrap samples of blocks

@@ -1,0 +1,148 @@
+"""Laws of `lineage cluster` on folders whose past is known."""
+
+import json
+import random
+
+import kin
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lineage
+from lineage.errors import LineageError
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, kin.Weights]:
+    a, z = kin.root(1), kin.root(2)
+    b, c, d = kin.tune(a, 3), kin.tune(a, 4, 0.03), kin.tune(a, 5)
+    found = {
+        "a": a, "b": b, "c": c, "d": d, "e": kin.tune(b, 6), "f": kin.tune(b, 7, 0.01), "g": kin.tune(c, 8),
+        "z": z, "y": kin.tune(z, 9), "x": kin.tune(z, 10),
+    }  # fmt: skip
+    found["merge"] = kin.half(kin.mix({"b": 0.7, "c": 0.3}, found))
+    found["three"] = kin.mix({"d": 0.5, "e": 0.25, "g": 0.25}, found)
+    found["diff"] = kin.half(kin.mix({"e": 1, "g": 0.5, "a": -0.5}, found))
+    found["baked"] = kin.lora(d, 11)
+    found["int8"] = kin.quantise(e := found["e"])
+    found["pruned"] = kin.prune(found["c"])
+    found["short"] = kin.half(e)
+    found["twin"] = {k: w.clone() for k, w in found["g"].items()}
+    found["moved"] = kin.permute(found["d"], 12)
+    return found
+
+
+EDGES = {
+    ("a", "b", "finetune"), ("a", "c", "finetune"), ("a", "d", "finetune"), ("b", "e", "finetune"),
+    ("b", "f", "finetune"), ("c", "g", "finetune"), ("z", "y", "finetune"), ("z", "x", "finetune"),
+    ("b", "merge", "merge"), ("c", "merge", "merge"), ("d", "three", "merge"), ("e", "three", "merge"),
+    ("g", "three", "merge"), ("e", "diff", "merge"), ("g", "diff", "merge"), ("a", "diff", "merge"),
+    ("d", "baked", "adapter"), ("e", "int8", "quantized"), ("c", "pruned", "pruned"), ("e", "short", "copy"),
+    ("d", "moved", "permuted"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(models, tmp_path_factory):
+    where = tmp_path_factory.mktemp("zoo")
+    return lineage.cluster(kin.save(models, where / "models"), base=None, cache=where / "cache")
+
+
+def edges(result) -> set[tuple[str, str, str]]:
+    return {(e.parent, e.child, e.relation) for e in result.edges}
+
+
+def test_the_past_is_told(result):
+    found = edges(result)
+    twins = {(p, c, r) for p, c, r in found if {p, c} == {"g", "twin"}}
+    assert len(twins) == 1
+    renamed = {(p.replace("twin", "g"), c.replace("twin", "g"), r) for p, c, r in found - twins}
+    assert renamed == EDGES
+
+
+def test_each_initialisation_has_a_root(result):
+    assert [r.name for r in result.roots] == ["a", "z"]
+    assert {m.root for m in result.models if m.name in "xyz"} == {"z"}
+
+
+def test_every_file_has_a_family_of_its_root(result):
+    home = {f.name: f for f in result.families}
+    for m in result.models:
+        assert home[m.family].root == m.root
+        assert m.name in home[m.family].members or m.name == m.root
+
+
+def test_coefficients_lie_in_their_intervals(result):
+    truth = {
+        "merge": {"b": 0.7, "c": 0.3},
+        "three": {"d": 0.5, "e": 0.25, "g": 0.25},
+        "diff": {"e": 1, "g": 0.5, "a": -0.5},
+    }
+    for merge in result.merges:
+        for p in merge.parents:
+            name = p.name.replace("twin", "g")
+            assert p.low <= truth[merge.child][name] <= p.high
+            assert p.high - p.low < 0.02
+
+
+@pytest.mark.parametrize("child", ["merge", "three", "diff"])
+def test_a_found_recipe_gives_the_file_again(result, models, child, tmp_path):
+    kin.save({n: w for n, w in models.items() if n != child}, tmp_path / "models")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(next(m.recipe for m in result.merges if m.child == child), encoding="utf-8")
+    lineage.merge(recipe, tmp_path / "out", models=tmp_path / "models")
+    again = load_file(tmp_path / "out" / f"{child}.safetensors")
+    for name, w in models[child].items():
+        assert again[name].dtype == w.dtype
+        step = 2 * w.abs().max() * torch.finfo(w.dtype).eps
+        assert (again[name].double() - w.double()).abs().max() <= step
+
+
+def test_names_and_order_do_not_matter(result, models, tmp_path):
+    names = sorted(models)
+    new = dict(zip(names, random.Random(0).sample([f"m{i:02d}" for i in range(len(names))], len(names)), strict=True))
+    again = lineage.cluster(kin.save({new[n]: models[n] for n in names}, tmp_path / "m"), cache=tmp_path / "cache")
+    assert {(new[p], new[c], r) for p, c, r in edges(result)} == edges(again)
+
+
+def test_a_user_names_the_root(models, tmp_path):
+    folder = kin.save({n: models[n] for n in "abcde"}, tmp_path / "m")
+    assert [r.name for r in lineage.cluster(folder, base="e", cache=tmp_path / "cache").roots] == ["e"]
+    with pytest.raises(LineageError, match="no model of the folder"):
+        lineage.cluster(folder, base="nobody", cache=tmp_path / "cache")
+
+
+def test_dates_order_parents_before_children(models, tmp_path):
+    folder = kin.save({n: models[n] for n in "ab"}, tmp_path / "m")
+    for first, second in ("ab", "ba"):
+        days = tmp_path / "days.csv"
+        days.write_text(f"name,date\n{first},2023-01-01\n{second},2023-02-01\n", encoding="utf-8")
+        found = lineage.cluster(folder, dates=days, cache=tmp_path / "cache").edges
+        assert [(e.parent, e.child, e.directed) for e in found] == [(first, second, True)]
+
+
+def test_metadata_that_weights_contradict_is_reported(models, tmp_path):
+    said = {"b": {"sd_merge_recipe": json.dumps({"primary_model_hash": "z", "secondary_model_hash": None})}}
+    folder = kin.save({n: models[n] for n in "abz"}, tmp_path / "m", said)
+    found = lineage.cluster(folder, cache=tmp_path / "cache")
+    assert [(c.model, c.claim) for c in found.contradictions] == [("b", "made from z")]
+    assert not lineage.cluster(folder, metadata=False, cache=tmp_path / "cache").contradictions
+
+
+def test_a_lone_pair_has_no_direction(models, tmp_path):
+    folder = kin.save({n: models[n] for n in "ab"}, tmp_path / "m")
+    found = lineage.cluster(folder, ignore=["biases"], cache=tmp_path / "cache")
+    assert [e.directed for e in found.edges] == [False]
+
+
+def test_sketches_tell_the_same_fine_tunes(result, models, tmp_path):
+    folder = kin.save(models, tmp_path / "m")
+    found = lineage.cluster(folder, sketch=True, cache=tmp_path / "cache")
+    assert found.choice.producer == "sketch"
+    plain = {e for e in edges(result) if e[2] == "finetune"}
+    assert len(plain & edges(found)) >= len(plain) - 1
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(LineageError, match="no models"):
+        lineage.cluster(tmp_path)
