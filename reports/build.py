@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lineage.cluster_result import ClusterResult
 from lineage.errors import LineageError
 from lineage.results import MergeResult, SvdResult
+from reports.cluster_page import cluster_page
 from reports.merge_page import merge_page
 from reports.page import Page, assemble
 from reports.records import restore
@@ -15,6 +17,7 @@ from reports.svd_page import svd_page
 PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "svd": (SvdResult, svd_page),
     "merge": (MergeResult, merge_page),
+    "cluster": (ClusterResult, cluster_page),
 }
 
 

@@ -190,7 +190,7 @@ def _bars(blocks: list[tuple[str, Group]], values: list[float | None], colour: s
 def _bar_layout(blocks: list[tuple[str, Group]], x: Figure) -> Figure:
     return {
         "xaxis": {"side": "top", **x},
-        "yaxis": _rows([name for name, _ in blocks], 22),
+        "yaxis": rows_axis([name for name, _ in blocks], 22),
         "bargap": 0.3,
         "height": 80 + 17 * max(3, len(blocks)),
     }
@@ -214,7 +214,7 @@ def coefficient_bars(coefficients: Mapping[str, float]) -> Figure:
     span = max([*map(abs, values), 1e-9]) * 1.45
     layout = {
         "xaxis": {"range": [-span if min(values, default=0) < 0 else 0, span], "side": "top"},
-        "yaxis": {**_rows([*coefficients], 24), "zeroline": False},
+        "yaxis": {**rows_axis([*coefficients], 24), "zeroline": False},
         "bargap": 0.35,
         "height": 60 + 30 * max(2, len(values)),
     }
@@ -248,14 +248,14 @@ def change_map(changes: Sequence[BlockChange], blocks: Sequence[str]) -> Figure:
         "data": [heat],
         "layout": {
             "xaxis": {**across, "side": "top", "tickangle": -35 if len(names) > 2 else 0, "showgrid": False},
-            "yaxis": _rows(blocks, 18),
+            "yaxis": rows_axis(blocks, 18),
             "plot_bgcolor": "@gap",
             "height": 110 + 15 * max(3, len(blocks)),
         },
     }
 
 
-def _rows(names: Sequence[str], limit: int) -> Figure:
+def rows_axis(names: Sequence[str], limit: int) -> Figure:
     """A vertical axis with one named row per entry, first on top."""
     return {
         "tickvals": list(range(len(names))),
