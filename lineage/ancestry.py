@@ -113,9 +113,9 @@ def grow(
 def _copies(kin: Kin, found: Ancestry, chosen: Thresholds) -> list[int]:
     """Identical and re-typed files; what is left stands for its class."""
     left = list(range(len(kin)))
-    for same in copies.identical(kin.prints):
+    for same in copies.identical(kin.prints, {*kin.matrices, *kin.vectors}):
         for other in same[1:]:
-            words = Evidence("bytes", "every tensor has the same bytes; which file is the copy cannot be told", 1.0)
+            words = Evidence("bytes", "every tensor that is compared has the same bytes", 1.0)
             found.links.append(Link(same[0], other, "copy", 1.0, (words,), directed=False))
             found.derived[other] = same[0]
             left.remove(other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from lineage.cluster_result import (
     ClusterResult,
     Distances,
     Edge,
+    Evidence,
     Family,
     FoundMerge,
     MergeParent,
@@ -34,6 +35,7 @@ from lineage.cluster_result import (
     Skipped,
     Unobserved,
 )
+from lineage.copies import donors
 from lineage.evidence import Declared, reconcile
 from lineage.families import affinities, families
 from lineage.fingerprint import Fingerprint
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from lineage.clustering import Model, Tree
 
 Array = NDArray[np.float64]
+PARTS = ("text_encoder", "text_encoder_2", "vae")  # what is taken from another model whole
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def records(found: Found) -> ClusterResult:
     """The result: every list sorted by name."""
     rows = [_tree_records(tree, found) for tree in found.trees]
     root_of = {m.name: m.root for row in rows for m in row.models}
-    edges, against = reconcile([e for row in rows for e in row.edges], found.said, root_of)
+    drawn = [e for row in rows for e in row.edges]
+    edges, against = reconcile([*drawn, *_swaps(found, drawn)], found.said, root_of)
     edges = [e for e in edges if e.confidence >= found.min_confidence]
     inputs = {m.name: {"path": m.path.name, "bytes": m.print.bytes, "sha256": m.print.sha256} for m in found.models}
     distances, joined = _distances(found)
@@ -93,6 +97,15 @@ def records(found: Found) -> ClusterResult:
 def _skipped(folder: Folder) -> tuple[Skipped, ...]:
     rest = [i for i in folder.items if i.bucket not in ("model", "adapter")]
     return tuple(Skipped(i.path.relative_to(folder.path).as_posix(), i.bucket, i.reason) for i in rest)
+
+
+def _swaps(found: Found, edges: Sequence[Edge]) -> Iterator[Edge]:
+    """Components that came from another model than the rest."""
+    held = {m.name: {c: d for c, d in components(m.print).items() if c in PARTS} for m in found.models}
+    parent = {e.child: e.parent for e in edges if e.relation != "merge"}
+    for donor, model, component in donors(held, parent):
+        words = Evidence("bytes", f"its {component} is bit for bit that of {donor}, not that of {parent[model]}")
+        yield Edge(donor, model, "component", None, None, None, True, 0.9, (words,), component=component)
 
 
 @dataclass(frozen=True)
@@ -215,7 +228,7 @@ def _distances(found: Found) -> tuple[Distances, tuple[tuple[float, float, float
     filled = np.where(np.isnan(known), 2.0, known)
     np.fill_diagonal(filled, 0)
     joined = linkage(squareform((filled + filled.T) / 2, checks=False), "average")
-    return Distances(tuple(names), values), tuple(tuple(map(float, row)) for row in joined.tolist())
+    return Distances(tuple(names), values), tuple((float(a), float(b), float(d), float(n)) for a, b, d, n in joined)
 
 
 def _similarity(found: Found) -> BlockSimilarity:

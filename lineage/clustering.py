@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -132,24 +133,23 @@ def backend(engine: str | None, address: str | None) -> Iterator[int]:
     if engine is None:
         yield 1
     elif engine == "ray":
-        try:
-            import ray
-            from ray.util.joblib import register_ray
-        except ImportError as e:
-            raise MissingExtra("cluster", "ray", "ray") from e
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-        register_ray()
+        _extra("ray").init(address=address, ignore_reinit_error=True, log_to_driver=False)
+        _extra("ray.util.joblib").register_ray()
         with parallel_config("ray"):
             yield -1
     elif engine == "dask":
-        try:
-            from distributed import Client
-        except ImportError as e:
-            raise MissingExtra("cluster", "dask", "distributed") from e
-        with Client(address) as _, parallel_config("dask"):
+        with _extra("distributed").Client(address), parallel_config("dask"):
             yield -1
     else:
         raise LineageError(f"engine {engine!r}: choose ray or dask, or leave it out.")
+
+
+def _extra(module: str) -> Any:
+    """An optional package; MissingExtra where it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as e:
+        raise MissingExtra("cluster", "ray" if module.startswith("ray") else "dask", module) from e
 
 
 def _said(models: Sequence[Model]) -> list[Declared]:

@@ -5,7 +5,7 @@ All are leaves of the tree: what is known of them is settled before merges and f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,15 +14,53 @@ from lineage.fingerprint import Fingerprint, TensorPrint
 
 ROWS = 64  # of a matrix that are looked at
 GRIDS = {"int8": (127, 255), "int4": (7, 15)}  # levels: symmetric around 0, and from least to largest
-GROUPS = (None, 32, 64, 128)  # entries that share a scale: a row, or so many
+GROUPS = (32, 64, 128)  # entries of a row that share a scale, where the whole row does not
 
 
-def identical(prints: Sequence[Fingerprint]) -> list[tuple[int, ...]]:
-    """Classes of models whose tensors have the same bytes, whatever the files' metadata; singletons left out."""
+def identical(prints: Sequence[Fingerprint], names: Collection[str] | None = None) -> list[tuple[int, ...]]:
+    """Classes of models whose tensors (or those of `names`) have the same bytes, whatever the files' metadata;
+    singletons left out."""
     found: dict[tuple, list[int]] = {}
     for i, p in enumerate(prints):
-        found.setdefault(tuple(sorted((t.name, t.hash) for t in p.tensors)), []).append(i)
+        key = tuple(sorted((t.name, t.hash) for t in p.tensors if names is None or t.name in names))
+        found.setdefault(key, []).append(i)
     return [tuple(members) for members in found.values() if len(members) > 1]
+
+
+def donors(components: Mapping[str, Mapping[str, str]], parent: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(donor, model, component): a component unlike the parent's and bit for bit that of another model.
+
+    components: model -> component -> digest. parent: model -> the one it derives from. Of several donors the one with
+    the fewest steps to its root, since it had the component first."""
+    found = []
+    for model, above in sorted(parent.items()):
+        for component, digest in sorted(components[model].items()):
+            theirs = components.get(above, {}).get(component)
+            if theirs is None or theirs == digest:
+                continue
+            holders = [m for m, own in components.items() if m != model and own.get(component) == digest]
+            holders = [m for m in holders if not _descends(m, model, parent)]
+            if holders:
+                found.append((min(holders, key=lambda m: (_steps(m, parent), m)), model, component))
+    return found
+
+
+def _descends(node: str, above: str, parent: Mapping[str, str]) -> bool:
+    seen = set()
+    while node in parent and node not in seen:
+        seen.add(node)
+        node = parent[node]
+        if node == above:
+            return True
+    return False
+
+
+def _steps(node: str, parent: Mapping[str, str]) -> int:
+    seen: set[str] = set()
+    while node in parent and node not in seen:
+        seen.add(node)
+        node = parent[node]
+    return len(seen)
 
 
 def permuted(prints: Sequence[Fingerprint]) -> list[tuple[int, int]]:
@@ -71,11 +109,11 @@ def grid(matrix: Tensor) -> str | None:
     """ "int8" or "int4" where the entries of each row (m, n), or of groups of a row, lie on an evenly spaced grid of
     that many levels; else None. Storing the values in few bits afterwards is allowed for."""
     rows = matrix.flatten(1)[:ROWS].double()
+    sizes = [n for n in GROUPS if rows.shape[1] % n == 0 and rows.shape[1] > n]
+    scaled = [rows, *(rows.reshape(-1, n) for n in sizes)]
     for name in sorted(GRIDS, key=lambda n: GRIDS[n]):
-        for size in GROUPS:
-            parted = size is not None and rows.shape[1] > size and rows.shape[1] % size == 0
-            if (parted or size is None) and _on_grid(rows.reshape(-1, size) if parted else rows, *GRIDS[name]):
-                return name
+        if any(_on_grid(part, *GRIDS[name]) for part in scaled):
+            return name
     return None
 
 

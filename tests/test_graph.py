@@ -29,7 +29,7 @@ def test_the_spanning_tree_is_networkx_own(seed):
     d = d + d.T
     members = sorted(rng.choice(15, 11, replace=False).tolist())
     whole = nx.Graph()
-    whole.add_weighted_edges_from((a, b, d[a, b]) for a in members for b in members if a < b)
+    whole.add_weighted_edges_from((a, b, float(d[a, b])) for a in members for b in members if a < b)
     assert graph.spanning_tree(d, members) == sorted(
         (min(e), max(e)) for e in nx.minimum_spanning_edges(whole, data=False)
     )
