@@ -22,6 +22,7 @@ import click
 from lineage.errors import LineageError, MissingExtra
 
 RESULT_FILES = ["result.json", "report.html"]
+GRAPH_FILES = ["graph.graphml", "graph.mmd", "edges.csv", "model_cards.yaml"]
 OWN_PACKAGES = {"lineage", "train", "reports", "cli"}
 EXISTING = click.Path(exists=True, path_type=Path)
 INTERRUPTED = 130
@@ -69,14 +70,16 @@ class Run:
             tables.show(results.to_json(result), self.verbosity)
 
     def save(self, result: Any) -> None:
-        """Write result.json and report.html into the folder of -o, both or none."""
+        """Write result.json, report.html and the result's exports into the folder of -o, all or none."""
         if self.folder is None:
             return
         from lineage import results
+        from lineage.exports import exports
         from reports import build
 
         page = build.build(results.to_json(result))
-        results.write_files(self.folder, {"result.json": results.dumps(result), "report.html": page}, self.force)
+        files = {"result.json": results.dumps(result), "report.html": page, **exports(result)}
+        results.write_files(self.folder, files, self.force)
         self.say(f"Written: {self.folder / 'result.json'}, {self.folder / 'report.html'}")
 
     def finish(self, result: Any) -> None:
@@ -127,9 +130,10 @@ def _options(*options: Callable, check: Sequence[str] = ()) -> Callable:
     return decorate
 
 
-def result_verb() -> Callable:
+def result_verb(*more: str) -> Callable:
     """Decorator of a verb `f(run, **own options) -> result`: adds -o, --force, --json, -v, -q and --device, refuses an
-    existing target before any work, then saves and prints what `f` returns."""
+    existing target (`more`: files it has besides the usual ones) before any work, then saves and prints what `f`
+    returns."""
 
     def decorate(verb: Callable[..., Any]) -> Callable:
         @functools.wraps(verb)
@@ -138,7 +142,7 @@ def result_verb() -> Callable:
                 result = verb(run, **own)
             run.finish(result)
 
-        return _options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE, check=RESULT_FILES)(finished)
+        return _options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE, check=[*RESULT_FILES, *more])(finished)
 
     return decorate
 
@@ -190,6 +194,29 @@ def svd(run: Run, models: Sequence[Path], components: tuple[str, ...], rank: int
     options = {"rank": rank, "components": components or None, "solver": solver, "tolerance": tolerance}
     with run.progress() as progress:
         return lineage.svd(base, tuned, device=run.device, progress=progress, **options)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--add", type=EXISTING, metavar="FILE", help="Say what this one more file is made of.")
+@click.option("--base", metavar="NAME", help="This model is the root of its tree.")
+@click.option("--dates", type=EXISTING, metavar="CSV", help="Lines of name,date: no child is older than its parent.")
+@click.option("--metadata/--no-metadata", default=True, help="Let files speak of their origin, or use weights alone.")
+@click.option("--sketch", is_flag=True, help="Compare by sketches only: each file is read once.")
+@click.option("--min-confidence", default=0.0, type=click.FloatRange(0, 1), metavar="P", help="Keep what is surer.")
+@click.option("--engine", type=click.Choice(["ray", "dask"]), help="Read files on this cluster, not in this process.")
+@click.option("--address", help="Where the cluster is reached; a local one is started without it.")
+@result_verb(*GRAPH_FILES)
+def cluster(run: Run, folder: Path, sketch: bool, **options):
+    """Which models of FOLDER are kin, who descends from whom, which are merges of which.
+
+    Reads every checkpoint below FOLDER and, with -o, writes the graph for other programs too (GraphML, Mermaid, CSV,
+    model-card YAML).
+    """
+    import lineage
+
+    with run.progress() as progress:
+        return lineage.cluster(folder, sketch=sketch or None, device=run.device, progress=progress, **options)
 
 
 @cli.command()

@@ -11,13 +11,16 @@ from lineage.results import MergeResult, SvdResult
 from reports.cluster_page import cluster_page
 from reports.merge_page import merge_page
 from reports.page import Page, assemble
+from reports.rates_page import rates_page
 from reports.records import restore
 from reports.svd_page import svd_page
+from train.rates import RatesResult
 
 PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "svd": (SvdResult, svd_page),
     "merge": (MergeResult, merge_page),
     "cluster": (ClusterResult, cluster_page),
+    "rates": (RatesResult, rates_page),
 }
 
 

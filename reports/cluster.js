@@ -3,9 +3,12 @@
 const Forest = (() => {
   const { data, byId, make, number, percent } = Page;
   const [COLUMN, WIDTH, HEIGHT, ROW, PAD] = [206, 150, 24, 31, 10];
+  const GAP = COLUMN - WIDTH - 3;
   const START_ROWS = 70;
   const nodes = data.nodes.map(([name, kind, family, column, parent], index) => ({ name, kind, family, column, parent, index, children: [], below: 0 }));
   const edges = data.edges.map((edge, index) => ({ ...edge, index, parent: nodes[edge.ends[0]], child: nodes[edge.ends[1]] }));
+  const into = new Map(nodes.map((node) => [node, []]));
+  edges.forEach((edge) => into.get(edge.child).push(edge));
   const facts = new Map(Object.entries(data.facts));
   const folded = new Set();
   const shown = { zoom: 1, edge: null, node: null, hits: [], at: -1 };
@@ -53,14 +56,14 @@ const Forest = (() => {
   // -- drawing
   const short = (name, limit = 19) => (name.length <= limit ? name : name.slice(0, limit / 3) + "…" + name.slice(-Math.floor((2 * limit) / 3)));
 
+  // From the right of a box to the left of another; a long way runs between two rows, so that few boxes are crossed.
   function curve(from, to) {
     const [x0, y0, x1, y1] = [from.x + WIDTH, from.y + HEIGHT / 2, to.x - 3, to.y + HEIGHT / 2];
     if (x1 <= x0) return `M${x0} ${y0}C${x0 + 50} ${y0} ${x1 - 50} ${y1} ${x1} ${y1}`;
-    const bend = x1 - (COLUMN - WIDTH); // straight up to the last gap, so that few boxes are crossed
-    const middle = (bend + x1) / 2;
-    return x0 < bend && Math.abs(y1 - y0) < 1
-      ? `M${x0} ${y0}H${x1}`
-      : `M${x0} ${y0}${x0 < bend ? `H${bend}` : ""}C${middle} ${y0} ${middle} ${y1} ${x1} ${y1}`;
+    const [out, into] = [x0 + GAP, x1 - GAP];
+    if (into <= x0 + 1) return `M${x0} ${y0}C${(x0 + x1) / 2} ${y0} ${(x0 + x1) / 2} ${y1} ${x1} ${y1}`;
+    const lane = y1 + (y0 < y1 ? -ROW / 2 : ROW / 2);
+    return `M${x0} ${y0}C${x0 + GAP / 2} ${y0} ${x0 + GAP / 2} ${lane} ${out} ${lane}H${into}C${into + GAP / 2} ${lane} ${into + GAP / 2} ${y1} ${x1} ${y1}`;
   }
 
   function line(edge) {
@@ -73,12 +76,15 @@ const Forest = (() => {
       svg("path", { d: path, class: "grip" }), svg("path", { d: path, "marker-end": edge.directed ? "url(#arrow)" : null }));
   }
 
-  function label(edge) {
-    if (!edge.label || !edge.child.visible) return null;
-    const [from, to] = [standing(edge.parent), edge.child];
-    const up = from.y > to.y + 1 ? 13 : -4;
-    const spread = edge.relation === "merge" ? Math.max(-1, Math.min(1, (from.y - to.y) / ROW)) * 7 : 0;
-    return svg("text", { x: to.x - 12, y: to.y + HEIGHT / 2 + (spread ? spread + 4 : up), class: "factor", "text-anchor": "end", "data-edge": edge.index }, edge.label);
+  // The words at the end of a node's lines, those from above above.
+  function labels(node) {
+    const found = into.get(node).filter((edge) => edge.label && standing(edge.parent) !== node);
+    found.sort((a, b) => standing(a.parent).y - standing(b.parent).y || a.index - b.index);
+    const middle = node.y + HEIGHT / 2 + 4;
+    const lone = found.length === 1 ? (standing(found[0].parent).y > node.y + 1 ? 10 : -8) : 0;
+    return found.map((edge, i) => svg("text", {
+      x: node.x - 12, y: middle + lone + 11 * (i - (found.length - 1) / 2), class: "factor", "text-anchor": "end", "data-edge": edge.index,
+    }, edge.label));
   }
 
   function body(node) {
@@ -113,7 +119,7 @@ const Forest = (() => {
     // The chosen line lies on top of the others
     const lines = [...edges].sort((a, b) => (a === shown.edge) - (b === shown.edge)).map(line);
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "forest" }, svg("defs", {}, arrow),
-      ...lines.filter(Boolean), ...edges.map(label).filter(Boolean), ...seen.map(toggle).filter(Boolean), ...seen.map(body));
+      ...lines.filter(Boolean), ...seen.flatMap(labels), ...seen.map(toggle).filter(Boolean), ...seen.map(body));
     drawn = { width, height, svg: root };
     box.replaceChildren(root);
     scale();
@@ -201,12 +207,12 @@ const Forest = (() => {
     mark(null);
     const known = facts.get(node.name);
     const terms = known ? ["Root", "Family", "File", "Size", "Licence"].map((term, i) => [term, known[i]]) : [];
-    const into = edges.filter((edge) => edge.child === node || (edge.parent === node && !edge.directed));
+    const origins = edges.filter((edge) => edge.child === node || (edge.parent === node && !edge.directed));
     const out = edges.filter((edge) => edge.parent === node && edge.directed);
     const list = (title, found, name) => (found.length ? [make("h4", {}, title), make("ul", { class: "links" }, ...found.map((edge) =>
       make("li", {}, make("button", { type: "button", "data-edge": edge.index }, name(edge)))))] : []);
     const where = node.kind === "unobserved" ? "An ancestor that no file here is" : node.kind === "adapter" ? "Adapter" : "";
-    panel(node.name, where, terms, ...list("Made from", into, (e) => e.words), ...list(`Made of it (${out.length})`, out.slice(0, 100), (e) => e.child.name));
+    panel(node.name, where, terms, ...list("Made from", origins, (e) => e.words), ...list(`Made of it (${out.length})`, out.slice(0, 100), (e) => e.child.name));
     draw();
     if (known) dispatchEvent(new CustomEvent("model", { detail: node.name }));
   }

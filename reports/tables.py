@@ -10,9 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lineage.cluster_result import ClusterResult, Edge
+from reports.cluster_words import added, answer, edge_words, formula
+from reports.forest import forest
+from reports.records import restore
 from reports.wording import count, number, percent, size
 
 LAYERS_SHOWN = 10
+MODELS_SHOWN = 40
 LONGEST = 200
 ENVELOPE = {"schema", "kind", "provenance"}
 PIPE_WIDTH = 120
@@ -149,4 +154,44 @@ def _merge_keys(result: dict[str, Any]) -> Iterator[Text | Table]:
             yield made
 
 
-TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {"svd": svd, "merge": merge}
+def cluster(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table]:
+    """The tree as indented rows with each model's origin, then recipes' short forms and contradictions; with --add only
+    what was asked for."""
+    found = restore(ClusterResult, result)
+    said = added(found)
+    yield plain(answer(found) if said is None else said)
+    if said is not None and verbosity <= 0:
+        return
+    yield Text()
+    yield _cluster_tree(found, verbosity)
+    for m in found.contradictions:
+        yield plain(f"Mind: {m.model}: the {m.source} says {m.claim}, the weights say {m.finding}.")
+    for note in found.notes:
+        yield plain(note)
+    counts = ", ".join(f"{n} {bucket}" for bucket, n in sorted(found.counts.items()))
+    yield plain(
+        f"{count(sum(found.counts.values()), 'file')}: {counts}. {found.choice.producer}: {found.choice.reason}."
+    )
+
+
+def _cluster_tree(found: ClusterResult, verbosity: int) -> Table:
+    nodes = forest(found)
+    shown = nodes if verbosity > 0 else nodes[:MODELS_SHOWN]
+    title = f"{len(shown)} of {len(nodes)} models, -v shows all" if len(shown) < len(nodes) else ""
+    made = table("model", "origin", ">confidence", title=title)
+    depth = [0] * len(nodes)
+    for i, node in enumerate(shown):
+        depth[i] = depth[node.parent] + 1 if node.parent >= 0 else 0
+        edges = [e for e in found.edges if e.child == node.name]
+        origin = _origin(found, node.name, edges)
+        sure = percent(min(e.confidence for e in edges)) if edges else ""
+        made.add_row(plain(f"{'  ' * depth[i]}{node.name}"), plain(origin), sure)
+    return made
+
+
+def _origin(found: ClusterResult, name: str, edges: list[Edge]) -> str:
+    merges = [formula(m) for m in found.merges if m.child == name]
+    return "; ".join([*merges, *(edge_words(e) for e in edges if not (merges and e.relation == "merge"))])
+
+
+TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {"svd": svd, "merge": merge, "cluster": cluster}

@@ -1,0 +1,101 @@
+"""`lineage cluster` on the command line, with a result at hand instead of models."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+from synthetic_cluster import cluster_result
+
+import cli
+import lineage
+from lineage.cluster_result import Contradiction
+from lineage.exports import EXPORTS
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder whose clustering is the synthetic result; its calls are kept in `folder.calls`."""
+    (tmp_path / "models").mkdir()
+    calls = []
+
+    def cluster(folder, **options):
+        calls.append((folder, options))
+        found = cluster_result(12)
+        if options["add"] is None:
+            return found
+        child = found.merges[0].child
+        said = Contradiction(child, "card", "trained from scratch", "a merge")
+        return replace(found, added=child, contradictions=(said,))
+
+    monkeypatch.setattr(lineage, "cluster", cluster, raising=False)
+    return tmp_path, calls
+
+
+def test_all_files_are_written_and_kept(call, folder):
+    path, _ = folder
+    code, out, _ = call("cluster", path / "models", "-o", path / "out")
+    assert code == 0
+    assert {p.name for p in (path / "out").iterdir()} == {*cli.RESULT_FILES, *cli.GRAPH_FILES}
+    assert set(cli.GRAPH_FILES) == set(EXPORTS)
+    assert "12 models, 1 root, 1 family; " in out
+    result = json.loads((path / "out" / "result.json").read_text("utf-8"))
+    rows = list(csv.DictReader((path / "out" / "edges.csv").read_text("utf-8").splitlines()))
+    assert len(rows) == len(result["edges"])
+
+
+@pytest.mark.parametrize("left", [*cli.RESULT_FILES, *cli.GRAPH_FILES])
+def test_an_old_export_is_refused_before_the_work(call, folder, left):
+    path, calls = folder
+    (path / "out").mkdir()
+    (path / "out" / left).write_text("old")
+    code, _, err = call("cluster", path / "models", "-o", path / "out")
+    assert (code, calls) == (2, [])
+    assert left in err
+    assert (path / "out" / left).read_text() == "old"
+
+
+def test_options_reach_the_library(call, folder):
+    path, calls = folder
+    (path / "dates.csv").write_text("a,2023-01-01\n")
+    call("cluster", path / "models", "--base", "b", "--dates", path / "dates.csv", "--no-metadata", "--sketch",
+         "--min-confidence", "0.5", "--engine", "dask", "--address", "tcp://x:1", "--device", "cpu")  # fmt: skip
+    folder, options = calls[0]
+    assert folder == path / "models"
+    del options["progress"]
+    assert options == {
+        "add": None, "base": "b", "dates": path / "dates.csv", "metadata": False, "sketch": True, "min_confidence": 0.5,
+        "engine": "dask", "address": "tcp://x:1", "device": "cpu",
+    }  # fmt: skip
+    call("cluster", path / "models")
+    assert calls[1][1]["sketch"] is None
+    assert calls[1][1]["metadata"] is True
+
+
+def test_add_prints_one_sentence(call, folder):
+    path, _ = folder
+    (path / "upload.safetensors").write_bytes(b"")
+    code, out, _ = call("cluster", path / "models", "--add", path / "upload.safetensors")
+    assert code == 0
+    assert len(out.strip().splitlines()) == 1
+    assert out.strip().endswith("; the card says trained from scratch")
+    assert " + " in out
+    _, longer, _ = call("cluster", path / "models", "--add", path / "upload.safetensors", "-v")
+    assert len(longer.splitlines()) > 10
+
+
+def test_a_file_is_no_folder(call, folder):
+    path, _ = folder
+    (path / "x.safetensors").write_bytes(b"")
+    assert call("cluster", path / "x.safetensors")[0] == 2
+
+
+def test_the_table_shows_the_tree(call, folder):
+    path, _ = folder
+    _, out, _ = call("cluster", path / "models")
+    for m in cluster_result(12).models:
+        assert m.name in out
+    assert "\n  " in out
+    assert "(result" not in out
