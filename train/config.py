@@ -15,7 +15,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -232,20 +232,23 @@ class Config:
             raise LineageError(f"data.bucket_min: {data.bucket_min} is above data.bucket_max, {data.bucket_max}.")
 
     @classmethod
-    def read(cls, path: Path | str) -> Config:
-        """The settings in a TOML file. FileError, LineageError: what is wrong, where, and what is allowed."""
+    def read(cls, path: Path | str, changes: Sequence[str] = ()) -> Config:
+        """The settings in a TOML file, with `changes` (see `assign`) made. FileError, LineageError: what is wrong,
+        where, and what is allowed."""
         path = Path(path)
         try:
-            return cls.parse(path.read_text(encoding="utf-8-sig"), Path(os.path.abspath(path)).parent)
+            return cls.parse(path.read_text(encoding="utf-8-sig"), Path(os.path.abspath(path)).parent, changes)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise FileError(path, f"cannot be read as TOML: {e}.") from e
         except LineageError as e:
             raise LineageError(f"{path}: {e}") from None
 
     @classmethod
-    def parse(cls, text: str, folder: Path) -> Config:
-        """`read` of a text whose relative paths start at `folder`."""
+    def parse(cls, text: str, folder: Path, changes: Sequence[str] = ()) -> Config:
+        """`read` of a text whose relative paths start at `folder`; those in `changes` start at the working folder."""
         tables = tomllib.loads(text)
+        for change in changes:
+            assign(tables, change)
         for name, table in tables.items():
             if name not in SECTIONS:
                 raise LineageError(f"unknown table [{name}]. {did_you_mean(name, SECTIONS)}")
@@ -303,6 +306,21 @@ class Config:
 
 def section_name(section: type[Section]) -> str:
     return section.__name__.removesuffix("Config").lower()
+
+
+def assign(tables: dict[str, Any], change: str) -> None:
+    """Make one change, "section.key=value": the value as in TOML, or plain text without quotes."""
+    where, equals, value = change.partition("=")
+    section, dot, key = where.strip().partition(".")
+    if not (equals and dot and key and isinstance(tables.setdefault(section, {}), dict)):
+        raise LineageError(f"{change!r}: write section.key=value, such as training.lr=5e-4.")
+    try:
+        read = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        read = value.strip()
+    kinds = {f.name: str(f.type) for f in fields(SECTIONS[section])} if section in SECTIONS else {}
+    is_path = kinds.get(key, "").startswith("Path") and isinstance(read, str) and read
+    tables[section][key] = os.path.abspath(read) if is_path else read
 
 
 def _default(f: Field) -> Any:

@@ -76,7 +76,8 @@ def build(groups: Groups, config: TrainingConfig) -> torch.optim.Optimizer:
             f"here {', '.join(f'{rate:g}' for rate in sorted(rates))}. Set training.lr = 1.0 and no other rate."
         )
     options = {} if config.weight_decay is None else {"weight_decay": config.weight_decay}
-    return OPTIMIZERS[config.optimizer](groups, **options)
+    with contextlib.redirect_stdout(io.StringIO()):  # two of them print
+        return OPTIMIZERS[config.optimizer](groups, **options)
 
 
 def share(config: TrainingConfig, step: int, steps: int) -> float:
