@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed
 from torch import Tensor
 
 from lineage.adapters import Factors, bind, is_adapter, open_adapter
@@ -19,11 +18,12 @@ from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.claim import summarise
 from lineage.errors import LineageError
 from lineage.hashing import size
-from lineage.keys import Param, match
-from lineage.layers import Facts, Seen, Sums, matrix_shape
+from lineage.keys import Param
+from lineage.layers import Facts, Seen, Sums
+from lineage.pairs import Pair, comparable, difference, pick_device, stream_pairs
 from lineage.results import LayerSpectrum, SvdResult, VectorDelta, provenance
 from lineage.rounding import Noise
-from lineage.spectrum import SOLVERS, Spectrum, exact_float32, row_blocks, solve_factors, solve_full, squared_norms
+from lineage.spectrum import SOLVERS, Spectrum, exact_float32, solve_factors, solve_full
 
 MODULE_COMPONENTS = {
     "lora_unet_": "unet",
@@ -37,11 +37,7 @@ ROUNDED = (
     "The rounding edge counts the storage of both files. Where the tuned model was trained from the base as stored, "
     "only its own rounding is there, and the edge is conservative by up to a factor of 1.4."
 )
-MAX_WORKERS = 4
-STACK_ENTRIES = 2**27  # of one stack of equal shapes on an accelerator: 512 MiB in float32
-
 Progress = Callable[[int, int, str], None]
-Pair = tuple[Param, Param]
 
 
 @dataclass(frozen=True)
@@ -131,16 +127,6 @@ def svd(
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device called `name`; "auto" is CUDA where there is one. LineageError for one that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise LineageError(f"device {name!r} cannot be used ({str(e).splitlines()[0]}). Try --device cpu.") from e
-    return device
-
-
 def _measure(base: str | Path | None, tuned: str | Path, options: Options) -> Found:
     with ExitStack() as stack:
         model = stack.enter_context(open_checkpoint(base)) if base is not None else None
@@ -159,24 +145,17 @@ def _measure(base: str | Path | None, tuned: str | Path, options: Options) -> Fo
 
 
 def _measure_pair(base: Checkpoint, tuned: Checkpoint, options: Options) -> Found:
-    pairs, unmatched = match(base.specs, tuned.specs)
-    found = Found(unmatched=list(unmatched))
-    wanted = []
-    for pair in pairs:
-        if not options.wants(pair[0].component):
-            continue
-        integers = [p.dtype for p in pair if not p.dtype.is_floating_point]
-        if integers:
-            found.leave_out(pair[0].name, "both", f"holds {integers[0]}, not weights")
-        elif pair[0].numel == 0:
-            found.leave_out(pair[0].name, "both", "has no entries")
-        else:
-            wanted.append(pair)
+    wanted, unmatched = comparable(base, tuned, options.components)
+    found = Found(unmatched=unmatched)
     if any(p.dtype.itemsize < 4 for pair in wanted for p in pair):
         found.notes.append(ROUNDED)
-    total = sum(p.numel for p, _ in wanted)
-    done = 0
-    for group, part in _in_parallel(base, tuned, wanted, options):
+    total, done = sum(p.numel for p, _ in wanted), 0
+    noise = Noise(options.device, max((p.numel for p, _ in wanted if len(p.shape) > 1), default=0))
+
+    def work(group: list[Pair], base: Tensor, tuned: Tensor) -> Found:
+        return _measure_group(group, base, tuned, noise, options)
+
+    for group, part in stream_pairs(base, tuned, wanted, options.device, work):
         found.add(part)
         done += sum(p.numel for p, _ in group)
         if options.progress:
@@ -187,80 +166,9 @@ def _measure_pair(base: Checkpoint, tuned: Checkpoint, options: Options) -> Foun
     return found
 
 
-def _in_parallel(
-    base: Checkpoint, tuned: Checkpoint, pairs: list[Pair], options: Options
-) -> Iterator[tuple[list[Pair], Found]]:
-    """Groups are read and measured by a few threads, so that reading overlaps computing. On the CPU each thread has
-    its share of the cores: small eigenvalue problems do not scale over more. On CUDA each has its own stream."""
-    noise = Noise(options.device, max((p.numel for p, _ in pairs if len(p.shape) > 1), default=0))
-    cores = torch.get_num_threads()
-    workers = min(cores, MAX_WORKERS) if options.device.type == "cpu" else 2
-
-    def job(group: list[Pair]) -> tuple[list[Pair], Found]:
-        torch.set_num_threads(max(1, cores // workers))
-        with torch.inference_mode(), _own_stream(options.device):
-            return group, _measure_group(group, *_load(base, tuned, group, options.device), noise, options)
-
-    tasks: Iterator[Any] = (delayed(job)(group) for group in _groups(pairs, options.device))
-    try:
-        parallel: Any = Parallel(workers, backend="threading", return_as="generator", pre_dispatch="n_jobs")
-        yield from parallel(tasks)
-    finally:
-        torch.set_num_threads(cores)
-
-
-def _own_stream(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
-
-
-def _groups(pairs: list[Pair], device: torch.device) -> Iterator[list[Pair]]:
-    """One pair at a time on the CPU, in file order; stacks of equal shapes and dtypes on an accelerator."""
-    if device.type == "cpu":
-        yield from ([pair] for pair in pairs)
-        return
-    alike: dict[tuple, list[Pair]] = {}
-    for a, b in pairs:
-        alike.setdefault((matrix_shape(a), a.dtype, b.dtype), []).append((a, b))
-    for same in alike.values():
-        size = max(1, STACK_ENTRIES // same[0][0].numel)
-        yield from (same[i : i + size] for i in range(0, len(same), size))
-
-
-def _load(base: Checkpoint, tuned: Checkpoint, group: list[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Stacks (b, m, n) of the group in their stored dtypes, on `device`."""
-    shape = matrix_shape(group[0][0])
-    stacks = (
-        _stack([base[a.name].reshape(shape) for a, _ in group]),
-        _stack([tuned[b.name].reshape(shape) for _, b in group]),
-    )
-    if device.type == "cuda":
-        stacks = tuple(s.pin_memory() for s in stacks)
-    return tuple(s.to(device, non_blocking=True) for s in stacks)  # type: ignore[return-value]
-
-
-def _stack(matrices: list[Tensor]) -> Tensor:
-    """(b, m, n), without a copy of a single matrix."""
-    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)
-
-
-def _difference(base: Tensor, tuned: Tensor) -> tuple[Tensor, list[Sums]]:
-    """tuned - base of stacks (b, m, n) in float32 (subtracted in float64 where either is), and their sums."""
-    precise = torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
-    delta = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    sums = torch.zeros(3, len(base), dtype=torch.float64, device=base.device)
-    for rows in row_blocks(base):
-        reference = base[:, rows].to(precise)
-        block = tuned[:, rows].to(precise).sub_(reference)
-        delta[:, rows] = block
-        different = torch.stack([d.count_nonzero() for d in block])
-        sums += torch.stack([squared_norms(reference), squared_norms(block), different])
-    entries = delta[0].numel()
-    return delta, [Sums(b, d, entries - int(n)) for b, d, n in sums.T.tolist()]
-
-
 def _measure_group(group: list[Pair], base: Tensor, tuned: Tensor, noise: Noise, options: Options) -> Found:
     """What is found about each pair of the stacks (b, m, n)."""
-    delta, sums = _difference(base, tuned)
+    delta, sums = difference(base, tuned)
     facts = [Facts(param, s) for (param, _), s in zip(group, sums, strict=True)]
     found = Found()
     for fact in facts:
