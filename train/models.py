@@ -34,8 +34,13 @@ class Text:
     states: Tensor
     pooled: Tensor | None = None
 
-    def __getitem__(self, rows: slice | Sequence[int]) -> Text:
-        return Text(self.states[rows], None if self.pooled is None else self.pooled[rows])
+    def to(self, device: str | torch.device) -> Text:
+        return Text(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        pooled = [t.pooled for t in texts if t.pooled is not None]
+        return Text(torch.cat([t.states for t in texts]), torch.cat(pooled) if pooled else None)
 
 
 @dataclass
