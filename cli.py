@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,82 @@ def _weighted(text: str) -> tuple[str, float]:
         return (path, float(weight)) if colon else (text, 1.0)
     except ValueError:  # the colon belongs to the path: C:\file
         return text, 1.0
+
+
+@cli.command()
+@click.argument("config", type=EXISTING)
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Such as training.lr=5e-4; repeatable.")
+@click.option("--find-lr", "find", is_flag=True, help="Sweep the learning rate instead, and suggest one.")
+@_options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE)
+def train(run: Run, config: Path, changes: Sequence[str], find: bool):
+    """Train a LoHa, LoCon or LoRA as CONFIG (TOML) says; -o names the run's folder.
+
+    That folder is its own: the same call continues where it was stopped, or says that it is done.
+    """
+    with extras("train"):
+        settings = _settings(run, config, changes)
+        _find_rate(run, settings) if find else _train(run, settings)
+
+
+def _settings(run: Run, config: Path, changes: Sequence[str]) -> Any:
+    from train.config import Config
+
+    if run.folder is not None:
+        changes = [*changes, f"save.folder={json.dumps(str(run.folder.absolute()))}"]
+    return Config.read(config, changes)
+
+
+def _find_rate(run: Run, settings: Any) -> None:
+    from train.rate_sweep import find_lr
+
+    folder = run.folder or settings.save.folder.with_name(f"{settings.save.folder.name}-rates")
+    with run.progress() as progress:
+        result = find_lr(settings, device=run.device, progress=progress)
+    replace(run, folder=folder).finish(result)
+
+
+def _train(run: Run, settings: Any) -> None:
+    from train.loop import train
+    from train.runs import RunFolder
+
+    folder = RunFolder(settings)
+    if folder.done:
+        return run.say(f"Done already: {folder.adapter()}")
+    with run.progress() as progress, _patient() as stopped:
+        recent: deque[Any] = deque(maxlen=50)
+        steps = train(settings, device=run.device, progress=progress)
+        for record in steps:
+            recent.append(record)
+            if run.as_json:
+                click.echo(json.dumps(asdict(record)))
+            if progress:
+                progress(record.step, record.of, _pace(recent))
+            if stopped():
+                steps.close()
+                raise click.Abort
+    run.say(f"Written: {folder.adapter()}")
+
+
+def _pace(recent: Sequence[Any]) -> str:
+    """Mean loss and time of the last steps."""
+    loss, seconds = (sum(getattr(r, what) for r in recent) / len(recent) for what in ("loss", "seconds"))
+    return f"loss {loss:.4f}, {seconds:.2f} s a step"
+
+
+@contextmanager
+def _patient() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed: the step under way may end, so that nothing is lost; a second one interrupts it."""
+    pressed: list[bool] = []
+
+    def press(*_: Any) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @cli.command()
