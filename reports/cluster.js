@@ -5,6 +5,7 @@ const Forest = (() => {
   const [COLUMN, WIDTH, HEIGHT, ROW, PAD] = [206, 150, 24, 31, 10];
   const GAP = COLUMN - WIDTH - 3;
   const START_ROWS = 70;
+  const READABLE = 0.8; // a smaller picture is scrolled instead
   const nodes = data.nodes.map(([name, kind, family, column, parent], index) => ({ name, kind, family, column, parent, index, children: [], below: 0 }));
   const edges = data.edges.map((edge, index) => ({ ...edge, index, parent: nodes[edge.ends[0]], child: nodes[edge.ends[1]] }));
   const into = new Map(nodes.map((node) => [node, []]));
@@ -67,8 +68,8 @@ const Forest = (() => {
   }
 
   function line(edge) {
-    const [from, to] = [standing(edge.parent), standing(edge.child)];
-    if (from === to) return null;
+    const [from, to] = [standing(edge.parent), edge.child];
+    if (!to.visible || from === to) return null;
     const path = curve(from, to);
     const kind = ["edge", edge.relation, edge.declared && "declared", edge === shown.edge && "chosen"].filter(Boolean).join(" ");
     const opacity = edge === shown.edge ? 1 : 0.3 + 0.7 * edge.confidence;
@@ -263,7 +264,7 @@ const Forest = (() => {
   function start() {
     fold(START_ROWS);
     draw();
-    if (drawn.width * 0.62 < box.clientWidth) fit();
+    if (drawn.width * READABLE < box.clientWidth) fit();
     drag();
     byId("find").addEventListener("input", find);
     byId("find").addEventListener("keydown", (e) => { if (e.key === "Enter") next(); });

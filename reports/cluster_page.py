@@ -133,7 +133,7 @@ def _merges(result: ClusterResult, figures: dict[str, Figure]) -> Safe | None:
         else None
     )
     bars = h("div", plot("merges", "Merges and their parents"), class_="tall")
-    return section("Merges", words, panel(bars, few), [_recipe(m) for m in result.merges])
+    return section("Merges", words, panel(bars, few), h("div", [_recipe(m) for m in result.merges], class_="recipes"))
 
 
 def _recipe(m: FoundMerge) -> Safe:

@@ -48,16 +48,18 @@ def _people(result: ClusterResult) -> tuple[list[str], list[str], list[int]]:
 
 
 def _links(edges: Sequence[Edge], index: dict[str, int]) -> dict[int, list[tuple[tuple, int]]]:
-    """Child -> [(rank, parent)], best first: a swapped component moves nothing, large weights and sure edges lead."""
+    """Child -> [(rank, parent)], best first: large weights and sure edges lead. A swapped component only counts where
+    nothing else says where a model belongs."""
     found: dict[int, list[tuple[tuple, int]]] = {}
     for i, e in enumerate(edges):
         for name in (e.parent, e.child):
             if name not in index:
                 raise LineageError(f"result.edges[{i}]: no model is named {name!r}. Was the file edited? Run it again.")
-        if e.relation != "component" and e.parent != e.child:
-            rank = (-(1.0 if e.weight is None else e.weight), -e.confidence, index[e.parent])
+        if e.parent != e.child:
+            weight = 1.0 if e.weight is None else e.weight
+            rank = (e.relation == "component", -weight, -e.confidence, index[e.parent])
             found.setdefault(index[e.child], []).append((rank, index[e.parent]))
-    return {child: sorted(links) for child, links in found.items()}
+    return {child: [x for x in sorted(links) if x[0][0] == min(links)[0][0]] for child, links in found.items()}
 
 
 def _placed(names: list[str], links: dict[int, list[tuple[tuple, int]]]) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from synthetic import HOSTILE, merge_result, svd_result
+from synthetic_cluster import cluster_result
 
 from lineage.results import dumps
 from reports.build import build
@@ -44,6 +45,13 @@ def svd_file(tmp_path_factory) -> Path:
 def merge_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "merge.html"
     path.write_text(build(json.loads(dumps(merge_result()))), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "cluster.html"
+    path.write_text(build(json.loads(dumps(cluster_result(60, hostile=True)))), encoding="utf-8")
     return path
 
 
@@ -232,3 +240,114 @@ def test_a_merge_opens_and_does_not_overflow(visit, merge_file, width, scheme):
     assert page.locator("svg.tree rect").count() == 15
     assert page.locator(".plot .main-svg").first.is_visible()
     assert page.evaluate("document.getElementById('plot-coefficients-1').data[0].x")[0] == -2
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_family_tree_opens_and_does_not_overflow(visit, cluster_file, width, scheme):
+    page = visit(cluster_file, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("svg.forest .node").count() == 61
+    assert page.locator(".plot .main-svg").count() >= 3
+    boxes = page.eval_on_selector_all(".forest .box", "b => b.map(x => ['x', 'y'].map(a => x.getAttribute(a)).join())")
+    assert len(set(boxes)) == len(boxes)
+
+
+def test_an_edge_shows_its_evidence(visit, cluster_file):
+    page = visit(cluster_file)
+    edges = cluster_result(60, hostile=True).edges
+    for at in (0, 20, len(edges) - 1):
+        page.evaluate(
+            "at => document.querySelector(`.forest .edge[data-edge='${at}'] .grip`)"
+            ".dispatchEvent(new MouseEvent('click', { bubbles: true }))",
+            at,
+        )
+        assert name(page) == visible(edges[at].child)
+        shown = page.inner_text("#detail-list")
+        assert all(e.words in shown and e.source in shown for e in edges[at].evidence)
+        assert page.locator(f".forest .edge.chosen[data-edge='{at}']").count() == 1
+        assert page.locator(f"#rows tr[aria-current][data-index='{at}']").count() == 1
+
+
+def test_a_line_is_clicked_with_the_mouse(visit, cluster_file):
+    page = visit(cluster_file)
+    page.locator("#forest").scroll_into_view_if_needed()
+    where = page.evaluate(
+        """() => { const p = document.querySelector(".forest .edge[data-edge] .grip"), l = p.getTotalLength();
+        const at = p.getPointAtLength(l * 0.5).matrixTransform(p.getScreenCTM());
+        return [at.x, at.y, document.elementFromPoint(at.x, at.y).closest("[data-edge]")?.dataset.edge]; }"""
+    )
+    page.mouse.click(where[0], where[1])
+    assert name(page) == visible(cluster_result(60, hostile=True).edges[int(where[2])].child)
+
+
+def test_a_row_of_the_relations_shows_its_edge(visit, cluster_file):
+    page = visit(cluster_file)
+    page.locator("#rows button").nth(7).focus()
+    page.keyboard.press("Enter")
+    assert name(page) == visible(cluster_result(60, hostile=True).edges[7].child)
+
+
+def test_searching_finds_a_model_that_was_folded_away(visit, cluster_file):
+    page = visit(cluster_file)
+    page.locator("#fold").click()
+    hidden = page.locator("svg.forest .node").count()
+    assert hidden < 61
+    wanted = next(n for n in page.evaluate("Page.data.nodes.filter(n => n[3] > 2).map(n => n[0])"))
+    assert page.locator("svg.forest .node title", has_text=wanted).count() == 0
+    page.fill("#find", wanted)
+    assert page.locator("svg.forest .node.hit title").first.text_content() == wanted
+    assert "1 of" in page.inner_text("#found")
+    page.fill("#find", "")
+    page.locator("#unfold").click()
+    assert page.locator("svg.forest .node").count() == 61
+
+
+def test_folding_hides_what_is_below(visit, cluster_file):
+    page = visit(cluster_file)
+    below = page.evaluate("Forest.nodes[0].below")
+    page.evaluate(
+        "document.querySelector('[data-toggle=\"0\"]').dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    assert page.locator("svg.forest .node").count() == 61 - below
+    assert page.locator(".toggle.shut").first.text_content().endswith(f"+{below}")
+    page.locator("#unfold").click()
+
+
+def test_a_cell_of_the_map_chooses_the_pair(visit, cluster_file):
+    page = visit(cluster_file)
+    page.evaluate("document.getElementById('plot-distances').scrollIntoView()")
+    page.wait_for_timeout(150)
+    where = page.evaluate(
+        """() => { const p = document.getElementById('plot-distances'), l = p._fullLayout;
+        const b = p.getBoundingClientRect();
+        return [b.left + l.xaxis._offset + l.xaxis.d2p(3), b.top + l.yaxis._offset + l.yaxis.d2p(9)]; }"""
+    )
+    page.mouse.click(*where)
+    order = page.evaluate("Page.data.heat.order")
+    wait(page, f"document.getElementById('pair-a').value === '{order[9]}'")
+    assert page.input_value("#pair-b") == str(order[3])
+    a, b = sorted((order[9], order[3]))
+    drawn = page.evaluate("document.getElementById('plot-blocks').data[0].x")
+    kept = next(v for i, j, *v in page.evaluate("Page.data.similarity.pairs") if {i, j} == {a, b})
+    assert drawn == [v for v in kept if v is not None]
+
+
+def test_a_recipe_is_copied_or_selected(visit, cluster_file):
+    page = visit(cluster_file)
+    page.locator(".recipes summary").first.click()
+    button = page.locator("button.copy").first
+    page.evaluate("document.querySelector('button.copy').closest('details').open = true")
+    button.click()
+    wait(page, "/Copied|Selected/.test(document.querySelector('button.copy').textContent)")
+
+
+@pytest.mark.slow
+def test_a_thousand_models_open_folded_and_are_found(visit, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "large.html"
+    path.write_text(build(json.loads(dumps(cluster_result(1000)))), encoding="utf-8")
+    page = visit(path)
+    assert page.locator("svg.forest .node").count() < 200
+    wanted = page.evaluate("Page.data.nodes.reduce((deep, n) => (n[3] > deep[3] ? n : deep))[0]")
+    page.fill("#find", wanted)
+    assert page.locator("svg.forest .node.hit title").first.text_content() == wanted
