@@ -21,11 +21,10 @@ from lineage.delta import pick_device
 from lineage.errors import LineageError
 from lineage.fingerprint import Fingerprint, fingerprint, parts
 from lineage.gram import Gram, facts, shared, sketch_gram
-from lineage.keys import Param
 from lineage.moments import tame
 from lineage.raw import SafetensorsRaw
 from lineage.spectrum import exact_float32
-from lineage.streaming import FileReader, Reader, TensorReader
+from lineage.streaming import FileReader
 
 Progress = Callable[[int, int, str], None]
 
@@ -33,7 +32,8 @@ LIMIT = 900.0  # seconds that an exact pass may take where nobody says otherwise
 READ_RATE = 5e8  # bytes per second of a common disk
 PRODUCT_RATE = 1e11  # float32 operations per second
 RELATED = 0.5  # relative distance below which two models may have one reference
-_STACK = 1 << 20  # entries of all models' pieces together
+_READ = 1 << 21  # entries of all models' pieces together
+_CACHED = 3 << 16  # of them in float32 at once: they stay in the processor's cache
 _TASK = 1 << 24  # entries of one model in one task
 _WIDE = 1 << 28  # entries of all models together up to which products are float64: they cost nothing there
 
@@ -71,7 +71,8 @@ def exact_gram(
     """The Gram of the models in `paths` (name -> file or folder), over the weights that all of them share.
 
     prints: their fingerprints, where they are at hand (norms and rounding are taken from there). Products are float32,
-    float64 for small models, and sums float64. LineageError for unreadable files and models that share no weight."""
+    float64 for small models, and sums float64. Entries that are not finite count as zero. LineageError for unreadable
+    files and models that share no weight."""
     if not paths:
         raise LineageError("no models to compare.")
     known = {n: prints[n] if prints and n in prints else fingerprint(p, cache=cache) for n, p in paths.items()}
@@ -81,8 +82,9 @@ def exact_gram(
     blocks, entries, norms, rounding = facts(known, common)
     with ExitStack() as stack, exact_float32(), torch.inference_mode():
         members = [_Member(open_checkpoint(paths[name]), stack) for name in order]
-        one_pass = _Pass(members, _centers(known), pick_device(device), common.blocks)
-        table = one_pass.table(blocks, workers or os.cpu_count() or 1, progress)
+        table = _Pass(members, known, common.blocks, pick_device(device)).table(
+            blocks, workers or os.cpu_count() or 1, progress
+        )
     exact = Gram(tuple(order), blocks, table, entries, norms, rounding, True, common.left_out)
     return exact.part(list(paths))
 
@@ -92,32 +94,23 @@ class _Member:
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack):
         stack.callback(checkpoint.close)
-        self._checkpoint = checkpoint
-        self._readers: dict[str, tuple[Reader, str]] = {}
+        self._checkpoint, self.specs = checkpoint, checkpoint.specs
+        self._readers: dict[str, tuple[FileReader, str]] = {}
         for prefix, raw in parts(checkpoint.raw):
-            reader = _reader(raw)
-            stack.callback(reader.close)
-            self._readers |= {prefix + name: (reader, name) for name in raw.specs}
+            if isinstance(raw, SafetensorsRaw):
+                reader = FileReader(raw.path, {name: (s.offset or 0, s.dtype) for name, s in raw.specs.items()})
+                stack.callback(reader.close)
+                self._readers |= {prefix + name: (reader, name) for name in raw.specs}
 
-    @property
-    def specs(self) -> Mapping[str, Param]:
-        return self._checkpoint.specs
-
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries start to stop of a parameter, row-major, (stop - start,), as stored."""
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Entries from `start` on of a parameter, row-major, into `out`: straight from the file where they lie there
+        as they are wanted, else from the tensor that is mapped."""
         param = self.specs[name]
-        if param.transposed:
-            return self._checkpoint[name].reshape(-1)[start:stop]
-        reader, stored = self._readers[param.stored]
-        first = param.part[0] * param.numel
-        return reader.read(stored, first + start, first + stop)
-
-
-def _reader(raw: Any) -> Any:
-    """Ranges straight from the file where its bytes lie in the open; else from the tensors that are mapped."""
-    if isinstance(raw, SafetensorsRaw):
-        return FileReader(raw.path, {name: (s.offset or 0, s.dtype) for name, s in raw.specs.items()})
-    return TensorReader(raw)
+        if param.stored in self._readers and out.dtype == param.dtype and not param.transposed:
+            reader, stored = self._readers[param.stored]
+            reader.read_into(stored, param.part[0] * param.numel + start, out)
+        else:
+            out.copy_(self._checkpoint[name].reshape(-1)[start : start + len(out)])
 
 
 class _Piece(NamedTuple):
@@ -130,39 +123,62 @@ class _Pass:
     """All models side by side. Each model's difference is taken from its own centre, a model near it, and the centres'
     from the first of them: so what float32 products lose is small against the distances inside every family."""
 
-    def __init__(self, members: list[_Member], centres: NDArray, device: torch.device, blocks: Mapping[str, str]):
-        self._members, self._centre, self._device, self._block = members, centres, device, blocks
+    def __init__(
+        self, members: list[_Member], prints: Mapping[str, Fingerprint], blocks: Mapping[str, str], device: torch.device
+    ):
+        self._members, self._block, self._device = members, blocks, device
+        self._wild = {t.name for p in prints.values() for t in p.tensors if t.wild}
+        self._centre = centres = _centres(prints)
+        self._own, self._which = np.unique(centres, return_inverse=True)
         specs = members[0].specs
-        self._sizes = {name: specs[name].numel for name in sorted(blocks, key=list(specs).index)}
+        self._sizes = {name: specs[name].numel for name in specs if name in blocks}
+        self._dtypes = {name: self._common({m.specs[name].dtype for m in members}) for name in blocks}
         total = sum(self._sizes.values()) * len(members)
-        wide = total <= _WIDE or any(m.specs[n].dtype == torch.float64 for m in members for n in blocks)
+        wide = total <= _WIDE or torch.float64 in self._dtypes.values()
         self._dtype = torch.float64 if wide else torch.float32
+        self._columns = max(1 << 10, _CACHED // len(members) >> 10 << 10)
 
     def table(self, blocks: Sequence[str], workers: int, progress: Progress | None) -> NDArray[np.float64]:
         """(blocks, n, n) float64."""
         n = len(self._members)
         sums = {block: np.zeros((n, n)) for block in blocks}
         tasks = list(self._tasks())
+        threads = torch.get_num_threads()
         parallel: Any = Parallel(min(workers, len(tasks)), backend="threading", return_as="generator")
-        found = parallel(delayed(self._products)(task) for task in tasks)
-        for i, (task, products) in enumerate(zip(tasks, found, strict=True), 1):
-            for block, product in products.items():
-                sums[block] += product
-            if progress:
-                progress(i, len(tasks), task[-1].name)
+        try:
+            found = parallel(delayed(self._products)(task) for task in tasks)
+            for i, (task, products) in enumerate(zip(tasks, found, strict=True), 1):
+                for block, product in products.items():
+                    sums[block] += product
+                if progress:
+                    progress(i, len(tasks), task[-1].name)
+        finally:
+            torch.set_num_threads(threads)
+        return self._from_first(np.stack([sums[block] for block in blocks]))
+
+    def _from_first(self, products: NDArray) -> NDArray[np.float64]:
+        """Products of differences from the centres (blocks, n, n), as those of differences from the first model."""
+        n = len(self._members)
         back = np.eye(n)
         others = np.flatnonzero(self._centre != np.arange(n))
         back[others, self._centre[others]] = 1
-        return np.stack([back @ sums[block] @ back.T for block in blocks])
+        return back @ products @ back.T
+
+    @staticmethod
+    def _common(dtypes: set[torch.dtype]) -> torch.dtype:
+        """One in which all of these are exact."""
+        if len(dtypes) == 1:
+            return next(iter(dtypes))
+        return torch.float64 if torch.float64 in dtypes else torch.float32
 
     def _tasks(self) -> Iterator[list[_Piece]]:
         """Pieces in the order of the first model's bytes, in lists of about _TASK entries."""
-        step = max(1 << 10, min(1 << 16, _STACK // len(self._members)))
+        step = max(self._columns, min(1 << 18, _READ // len(self._members) // self._columns * self._columns))
         task, held = list[_Piece](), 0
         for name, size in self._sizes.items():
             for start in range(0, size, step):
                 task.append(_Piece(name, start, min(start + step, size)))
-                held += step
+                held += task[-1].stop - start
                 if held >= _TASK:
                     yield task
                     task, held = [], 0
@@ -171,35 +187,40 @@ class _Pass:
 
     def _products(self, task: Sequence[_Piece]) -> dict[str, NDArray[np.float64]]:
         """Block -> (n, n) float64, the products of one task's pieces."""
-        n = len(self._members)
+        torch.set_num_threads(1)  # the workers are the threads
+        longest = max(p.stop - p.start for p in task)
+        buffer = torch.empty(len(self._members), longest * 8, dtype=torch.uint8)
         sums: dict[str, Tensor] = {}
-        stack = torch.empty(n, max(p.stop - p.start for p in task), dtype=self._dtype, device=self._device)
         with torch.inference_mode():
             for piece in task:
-                rows = stack[:, : piece.stop - piece.start]
+                dtype = self._dtypes[piece.name]
+                rows = buffer[:, : (piece.stop - piece.start) * dtype.itemsize].view(dtype)
                 for row, member in zip(rows, self._members, strict=True):
-                    row.copy_(member.read(*piece))
-                product = self._product(rows).double()
+                    member.read_into(piece.name, piece.start, row)
+                found = self._piece(rows.to(self._device), piece.name in self._wild)
                 block = self._block[piece.name]
-                sums[block] = sums[block] + product if block in sums else product
-        return {block: product.cpu().numpy() for block, product in sums.items()}
+                sums[block] = sums[block] + found if block in sums else found
+        return {block: found.cpu().numpy() for block, found in sums.items()}
 
-    def _product(self, rows: Tensor) -> Tensor:
-        """(n, n) products of the differences of `rows` (n, p), which are overwritten."""
-        own, which = np.unique(self._centre, return_inverse=True)
-        centres = rows[own].clone()
-        for row, c in zip(rows, which, strict=True):
+    def _piece(self, rows: Tensor, wild: bool) -> Tensor:
+        """(n, n) float64 products of the differences of `rows` (n, p), as stored."""
+        parts = rows.split(self._columns if rows.device.type == "cpu" else rows.shape[1], 1)
+        wide = ((tame(part) if wild else part).to(self._dtype) for part in parts)
+        return torch.stack([self._product(part) for part in wide]).sum(0, dtype=torch.float64)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(n, n) products of the differences of `x` (n, p), which is overwritten."""
+        centres = x[self._own]
+        for row, c in zip(x, self._which, strict=True) if len(centres) > 1 else ():
             row -= centres[c]
-        for i, centre in zip(own, centres, strict=True):
-            torch.sub(centre, centres[0], out=rows[i])
-        product = rows @ rows.mT
-        if bool(torch.isfinite(product).all()):
-            return product
-        rows = tame(rows)
-        return rows @ rows.mT
+        if len(centres) == 1:
+            x -= centres
+        for i, centre in zip(self._own[1:], centres[1:], strict=True):
+            torch.sub(centre, centres[0], out=x[i])
+        return x @ x.mT
 
 
-def _centers(prints: Mapping[str, Fingerprint]) -> NDArray[np.int64]:
+def _centres(prints: Mapping[str, Fingerprint]) -> NDArray[np.int64]:
     """From sketches; the first model for all, where those cannot be compared."""
     try:
         return _leaders(sketch_gram(prints).relative())

@@ -3,7 +3,7 @@
 Linear: the sketch of a A + b B is a sketch(A) + b sketch(B). A parameter's hash depends on its canonical name and on
 positions inside it alone, so the same parameter meets the same slots in any file, layout and dtype. Charikar, Chen &
 Farach-Colton 2002; here signs and slots are structured, so that whole rows are added at once: a row of entries takes
-its signs from a random place of one fixed sequence, is shifted cyclically by a random amount, and one fixed permutation
+its signs from random places of two fixed sequences, is shifted cyclically by a random amount, and one fixed permutation
 scatters the sum. Two entries share a slot with probability 1 / slots, with independent signs.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 SLOTS = 1 << 16  # of one model
 LEAST = 16  # slots of one block
 ROW = 1 << 15  # entries hashed at once: in float32 they and their signs stay in the processor's cache
-_POOL = 1 << 17
+_POOL = 1 << 14  # places where signs may begin: with two sequences, equal rows all but never meet with equal signs
 _GRID = 2.0**40  # sums of such multiples are exact in float64, whatever their order
 
 
@@ -58,9 +58,9 @@ class Hash:
 
     def __init__(self, name: str, entries: int, slots: int, seed: int = 0):
         draws = _philox(f"{seed} {name}").random_raw(max(1, -(-entries // ROW)))
-        self._from = (draws % np.uint64(_POOL)).tolist()
-        self._shift = (draws // np.uint64(_POOL) % np.uint64(SLOTS)).tolist()
-        self._sign = (1 - 2 * (draws >> np.uint64(63)).astype(np.int64)).tolist()
+        self._first, draws = (draws % np.uint64(_POOL)).tolist(), draws // np.uint64(_POOL)
+        self._second, draws = (draws % np.uint64(_POOL)).tolist(), draws // np.uint64(_POOL)
+        self._shift = (draws % np.uint64(SLOTS)).tolist()
         self._signs, self._slots, self._rows = _signs(seed), slots, 0
         self._sum = torch.zeros(SLOTS + ROW) if entries > ROW else None
         self._small = np.zeros(slots)
@@ -69,14 +69,14 @@ class Hash:
         """The next entries (n,), row-major; n a multiple of ROW, but for the last ones."""
         for row in part.split(ROW):
             i, n = self._rows, len(row)
-            signs = self._signs[self._from[i] : self._from[i] + n]
+            first = self._signs[0, self._first[i] : self._first[i] + n]
+            second = self._signs[1, self._second[i] : self._second[i] + n]
+            signed, at = (first * row).float(), self._shift[i]
             if self._sum is None:
-                signed = row.float().mul_(signs).numpy() * self._sign[i]
-                slots = _place()[self._shift[i] : self._shift[i] + n] & (self._slots - 1)
-                self._small = np.bincount(slots, signed, self._slots)
+                slots = _place()[at : at + n] & (self._slots - 1)
+                self._small = np.bincount(slots, signed.mul_(second).numpy(), self._slots)
             else:
-                there = self._sum[self._shift[i] : self._shift[i] + n]
-                there.addcmul_(row.float(), signs, value=self._sign[i])
+                self._sum[at : at + n].addcmul_(signed, second)
             self._rows += 1
 
     def sketch(self) -> NDArray[np.float64]:
@@ -96,8 +96,9 @@ def _philox(text: str) -> np.random.Philox:
 
 @cache
 def _signs(seed: int) -> Tensor:
-    raw = _philox(f"signs {seed}").random_raw((_POOL + ROW) // 64).view(np.uint8)
-    return torch.from_numpy(np.unpackbits(raw)).float().mul_(2).sub_(1)
+    """Two sequences of random signs, (2, _POOL + ROW)."""
+    raw = _philox(f"signs {seed}").random_raw(2 * (_POOL + ROW) // 64).astype("<u8").view(np.uint8)
+    return torch.from_numpy(np.unpackbits(raw)).float().mul_(2).sub_(1).view(2, -1)
 
 
 @cache

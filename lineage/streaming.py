@@ -234,6 +234,11 @@ class FileReader:
         self._fill(buffer.numpy().data, offset + start * dtype.itemsize)
         return buffer.view(dtype)
 
+    def read_into(self, stored: str, start: int, out: Tensor) -> None:
+        """The entries from `start` on into `out`, 1-D, contiguous, of the stored dtype."""
+        offset, dtype = self._places[stored]
+        self._fill(out.view(torch.uint8).numpy().data, offset + start * dtype.itemsize)
+
     def _fill(self, view: memoryview, offset: int) -> None:
         while view:
             got = self._read_at(view, offset)
