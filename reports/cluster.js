@@ -116,7 +116,7 @@ const Forest = (() => {
   function draw() {
     const { width, height } = place();
     const seen = nodes.filter((node) => node.visible);
-    const arrow = svg("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" }, svg("path", { d: "M0 0.8L7.5 4L0 7.2z" }));
+    const arrow = svg("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 9, markerHeight: 9, markerUnits: "userSpaceOnUse", orient: "auto" }, svg("path", { d: "M0 0.8L7.5 4L0 7.2z" }));
     // The chosen line lies on top of the others
     const lines = [...edges].sort((a, b) => (a === shown.edge) - (b === shown.edge)).map(line);
     const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "forest" }, svg("defs", {}, arrow),
@@ -185,7 +185,6 @@ const Forest = (() => {
     byId("detail-where").textContent = where;
     byId("detail-facts").replaceChildren(...terms.filter(([, value]) => value).flatMap(([term, value]) => [make("dt", {}, term), make("dd", {}, value)]));
     byId("detail-list").replaceChildren(...parts);
-    byId("detail").classList.add("open");
   }
 
   function reasons(edge) {
@@ -231,6 +230,8 @@ const Forest = (() => {
       draw();
     } else if (at("edge") !== undefined) chooseEdge(edges[at("edge")]);
     else if (at("node") !== undefined) chooseNode(nodes[at("node")]);
+    else return;
+    byId("detail").classList.toggle("open", at("toggle") === undefined);
   }
 
   // -- dragging; a drag is not a click
@@ -264,6 +265,8 @@ const Forest = (() => {
   function start() {
     fold(START_ROWS);
     draw();
+    if (nodes.length) chooseNode(nodes[data.chosen]);
+    if (data.chosen) reveal(nodes[data.chosen]);
     if (drawn.width * READABLE < box.clientWidth) fit();
     drag();
     byId("find").addEventListener("input", find);
@@ -276,7 +279,11 @@ const Forest = (() => {
     byId("detail-list").addEventListener("click", onClick);
     byId("rows").addEventListener("click", (e) => {
       const edge = edges[e.target.closest("tr")?.dataset.index];
-      if (edge) { chooseEdge(edge); reveal(edge.child); byId("detail-name").scrollIntoView({ block: "nearest" }); }
+      if (!edge) return;
+      chooseEdge(edge);
+      reveal(edge.child);
+      byId("detail").classList.add("open");
+      byId("detail-name").scrollIntoView({ block: "nearest" });
     });
     byId("close").addEventListener("click", () => byId("detail").classList.remove("open"));
     addEventListener("keydown", (e) => { if (e.key === "Escape") byId("detail").classList.remove("open"); });

@@ -21,9 +21,10 @@ def merge_bars(merges: Sequence[FoundMerge], family: Mapping[str, int]) -> Figur
     most = max((len(m.parents) for m in merges), default=0)
     layout = {
         "barmode": "relative",
+        "uniformtext": {"mode": "hide", "minsize": 9},
         "showlegend": False,
         "xaxis": {"side": "top", "zeroline": True, "zerolinecolor": "@muted"},
-        "yaxis": rows_axis([m.child for m in merges], 22),
+        "yaxis": rows_axis([m.child for m in merges], 18),
         "bargap": 0.28,
         "height": 60 + 30 * max(2, len(merges)),
     }
@@ -42,8 +43,6 @@ def _segment(merges: Sequence[FoundMerge], k: int, family: Mapping[str, int]) ->
         "text": [f"{plot_text(p.name, 18)} {'?' if p.weight is None else f'{p.weight:.2f}'}" for _, _, p in rows],
         "textposition": "inside",
         "insidetextanchor": "middle",
-        "textangle": 0,
-        "constraintext": "none",
         "textfont": {"size": 11, "color": "#ffffff"},
         "customdata": [[plot_text(p.name), _interval(p.low, p.high)] for _, _, p in rows],
         "marker": {

@@ -26,6 +26,7 @@ def cluster_page(result: ClusterResult) -> Page:
         "figures": figures,
         "nodes": [[visible(n.name), n.kind, n.family, n.column, n.parent] for n in nodes],
         "facts": _facts(result),
+        "chosen": index.get(result.added or "", 0),
         "edges": [_edge(e, index) for e in result.edges],
         "heat": heat_data(result),
         "similarity": block_data(result),
@@ -49,12 +50,12 @@ def _headline(result: ClusterResult) -> str:
 
 def _lead(result: ClusterResult) -> Safe:
     files = sum(result.counts.values())
-    buckets = ", ".join(f"{number(n)} {bucket}" for bucket, n in sorted(result.counts.items()) if n)
+    buckets = ", ".join(f"{bucket} {number(n)}" for bucket, n in sorted(result.counts.items()) if n)
     whole = f"{answer(result)} " if result.added is not None else ""
     shown = f" Drawn is what is at least {percent(result.min_confidence)} sure." if result.min_confidence else ""
     producer = {"exact": "Compared exactly", "sketch": "Compared by sketches"}.get(result.choice.producer, "Compared")
     return h(
-        "p", f"{whole}{count(files, 'file')}: {buckets}. {producer}: {result.choice.reason}.{shown}", class_="lead"
+        "p", f"{whole}{count(files, 'file')} ({buckets}). {producer}: {result.choice.reason}.{shown}", class_="lead"
     )
 
 
@@ -172,7 +173,9 @@ def _span(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
-def _distances(result: ClusterResult) -> Safe:
+def _distances(result: ClusterResult) -> Safe | None:
+    if len(result.models) < 2:
+        return None
     words = (
         "Distance of any two models, ‖A − B‖ relative to their size, on a logarithmic scale: dark pairs are nearly the "
         "same, bright ones share nothing. The brackets on top join the nearest first. Click a cell to see two models "

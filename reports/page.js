@@ -18,7 +18,7 @@ const Page = (() => {
   // Text for plotly, which reads tags such as <b> and <a href> in its labels.
   function plain(text, limit = 70) {
     const s = text.length <= limit ? text : text.slice(0, limit / 3) + "…" + text.slice(-Math.floor((2 * limit) / 3));
-    return s.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
+    return s.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   }
 
   function number(value, digits = 3) {

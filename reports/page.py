@@ -76,7 +76,7 @@ def shortened(text: str, limit: int = 70) -> str:
 
 def plot_text(text: str, limit: int = 70) -> str:
     """`text` for a plotly label, where tags such as <b> and <a href> would be interpreted."""
-    return html.escape(shortened(visible(text), limit))
+    return html.escape(shortened(visible(text), limit), quote=False)  # plotly shows &quot; as it is
 
 
 def script_json(data: Any) -> Safe:

@@ -23,14 +23,14 @@
     const n = order.length;
     const z = order.map((a) => order.map((b) => (a === b ? null : log(distance(a, b)))));
     const known = heat.values.filter((v) => v !== null && v > FLOOR).map(Math.log10);
-    const low = known.reduce((least, v) => Math.min(least, v), 0);
-    const ticks = Array.from({ length: Math.ceil(-low) + 1 }, (_, i) => -i).filter((e) => e >= low - 0.01);
+    const [low, high] = known.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [0, -Infinity]);
+    const ticks = Array.from({ length: Math.ceil(-low) + 1 }, (_, i) => -i).filter((e) => e >= low && e <= Math.max(high, low + 1));
     const labels = order.map((i) => plain(names[i], 22));
     const few = n <= LABELLED;
     const narrow = byId("plot-distances").clientWidth < 500;
     const axis = { range: [-0.5, n - 0.5], showgrid: false, tickvals: few ? order.map((_, i) => i) : [], ticktext: few ? labels : [], tickfont: { size: 10, color: "@muted" } };
     const map = {
-      type: "heatmap", z, zmin: low, zmax: 0.2, colorscale: "Cividis", hoverongaps: false, xgap: few ? 1 : 0, ygap: few ? 1 : 0,
+      type: "heatmap", z, zmin: low, zmax: Math.max(high, low + 1), colorscale: "Cividis", hoverongaps: false, xgap: few ? 1 : 0, ygap: few ? 1 : 0,
       text: few || n <= 400 ? order.map((a, i) => order.map((b, j) => `${labels[i]}<br>${labels[j]}<br>${a === b ? "" : words(distance(a, b))}`)) : undefined,
       hovertemplate: few || n <= 400 ? "%{text}<extra></extra>" : "10^%{z:.2f}<extra></extra>",
       colorbar: { thickness: 10, outlinewidth: 0, tickvals: ticks, ticktext: ticks.map(power), tickfont: { color: "@muted" }, xpad: 4, len: 0.8, y: 0, yanchor: "bottom" },
@@ -39,10 +39,10 @@
     return {
       data: heat.x.length ? [map, tree] : [map],
       layout: {
-        showlegend: false, height: Math.max(380, Math.min(900, few ? 200 + 15 * n : 760)), plot_bgcolor: "@gap",
+        showlegend: false, height: Math.max(380, Math.min(900, few ? 320 + 17 * n : 760)), plot_bgcolor: "@gap",
         xaxis: { ...axis, side: "bottom", tickangle: -90, showticklabels: few && !narrow },
         yaxis: { ...axis, domain: [0, heat.x.length ? 0.84 : 1], range: [n - 0.5, -0.5], showticklabels: few && !narrow },
-        yaxis2: { domain: [0.85, 1], showgrid: false, zeroline: false, showticklabels: false, fixedrange: true, range: [low, 0.35] },
+        yaxis2: { domain: [0.85, 1], showgrid: false, zeroline: false, showticklabels: false, fixedrange: true, range: [low, high + 0.15] },
         shapes: [{ type: "rect", layer: "below", xref: "paper", yref: "paper", x0: 0, x1: 1, y0: 0.845, y1: 1, line: { width: 0 }, fillcolor: "@panel" }],
       },
     };
@@ -74,7 +74,7 @@
       data: [bar],
       layout: {
         showlegend: false, height: 70 + 15 * Math.max(3, rows.length), bargap: 0.25,
-        xaxis: { side: "top", range: [0, top * 1.08], nticks: 5 },
+        xaxis: { side: "top", range: [0, top * 1.08], nticks: 5, showticklabels: top > FLOOR },
         yaxis: { tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => plain(row.block, 18)), range: [rows.length - 0.4, -0.6], showgrid: false, tickfont: { size: 10.5, color: "@muted" } },
       },
     };
@@ -105,7 +105,8 @@
       draw("distances", distancesFigure).then((place) => {
         place.on("plotly_click", ({ points: [{ x, y }] }) => choose(heat.order[Math.round(y)], heat.order[Math.round(x)]));
       });
-      choose(heat.order[0], heat.order[1]);
+      const [first, second] = heat.order;
+      choose(first, heat.order.find((other) => distance(first, other) > FLOOR) ?? second);
     } else choose(0, 1);
   }
 

@@ -168,9 +168,9 @@ def cluster(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table
         yield plain(f"Mind: {m.model}: the {m.source} says {m.claim}, the weights say {m.finding}.")
     for note in found.notes:
         yield plain(note)
-    counts = ", ".join(f"{n} {bucket}" for bucket, n in sorted(found.counts.items()))
+    counts = ", ".join(f"{bucket} {n}" for bucket, n in sorted(found.counts.items()))
     yield plain(
-        f"{count(sum(found.counts.values()), 'file')}: {counts}. {found.choice.producer}: {found.choice.reason}."
+        f"{count(sum(found.counts.values()), 'file')} ({counts}). {found.choice.producer}: {found.choice.reason}."
     )
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
         said = Contradiction(child, "card", "trained from scratch", "a merge")
         return replace(found, added=child, contradictions=(said,))
 
-    monkeypatch.setattr(lineage, "cluster", cluster, raising=False)
+    monkeypatch.setitem(vars(lineage), "cluster", cluster)
     return tmp_path, calls
 
 
