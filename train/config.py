@@ -15,7 +15,7 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,11 @@ LEAST: dict[str, float] = {
     "sample.every": 0,
     "sample.steps": 1,
     "sample.guidance": 1,
+    "sample.at": 1,
+    "sample.seeds": 0,
+    "sample.size": 64,
     "save.every": 0,
+    "save.at": 1,
     "save.state_every": 1,
 }
 LEAST |= {f"data.{name}": 64 for name in ("resolution", "bucket_max")}
@@ -62,6 +66,10 @@ POSITIVE = (
     "network.conv_alpha",
     *(f"training.{name}" for name in ("lr", "unet_lr", "text_encoder_lr", "pivotal_lr")),
 )
+NAMES = ("network.pivotal", "save.name")
+"""What becomes part of a file's name."""
+GRID = 8
+"""Pixels per latent of all known autoencoders; sides must be multiples."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +231,8 @@ class Config:
     save: SaveConfig = field(default_factory=SaveConfig)
 
     def __post_init__(self) -> None:
-        network, data = self.network, self.data
-        if (self.training.steps is None) == (self.training.epochs is None):
-            raise LineageError("training: give either steps or epochs.")
-        if not (network.unet or network.text_encoder or network.pivotal):
-            raise LineageError("network: unet and text_encoder are both off and no pivotal word is given.")
-        if data.bucket_min > data.bucket_max:
-            raise LineageError(f"data.bucket_min: {data.bucket_min} is above data.bucket_max, {data.bucket_max}.")
+        for fault in _contradictions(self):
+            raise LineageError(fault)
 
     @classmethod
     def read(cls, path: Path | str, changes: Sequence[str] = ()) -> Config:
@@ -332,17 +335,43 @@ def _short(value: Any) -> str:
 
 
 def _allowed(where: str, value: Any) -> None:
-    """The rules a single value must keep; None (left out) keeps all."""
-    if value is None:
-        return
-    if where in CHOICES and value not in CHOICES[where]:
-        raise LineageError(f"{where}: {value!r} is not known. Allowed: {', '.join(map(repr, CHOICES[where]))}.")
-    if where in SHARES and not 0 <= value <= 1:
-        raise LineageError(f"{where}: {value!r} is not a share. Allowed: 0 to 1.")
-    if where in LEAST and not value >= LEAST[where]:
-        raise LineageError(f"{where}: {value!r} is too small. Allowed: {LEAST[where]:g} and more.")
-    if where in POSITIVE and not value > 0:
-        raise LineageError(f"{where}: {value!r} is not allowed. Allowed: more than 0.")
+    """The rules each value, or each of several, must keep; None (left out) keeps all."""
+    for v in value if isinstance(value, tuple) else () if value is None else (value,):
+        if where in CHOICES and v not in CHOICES[where]:
+            raise LineageError(f"{where}: {v!r} is not known. Allowed: {', '.join(map(repr, CHOICES[where]))}.")
+        if where in SHARES and not 0 <= v <= 1:
+            raise LineageError(f"{where}: {v!r} is not a share. Allowed: 0 to 1.")
+        if where in LEAST and not v >= LEAST[where]:
+            raise LineageError(f"{where}: {v!r} is too small. Allowed: {LEAST[where]:g} and more.")
+        if where in POSITIVE and not v > 0:
+            raise LineageError(f"{where}: {v!r} is not allowed. Allowed: more than 0.")
+        if where in NAMES and (re.search(r'[\\/:*?"<>|\x00-\x1f]', v) or v.strip(" .") != v):
+            raise LineageError(
+                f"{where}: {v!r} cannot be part of a file's name. Leave out \\ / : * ? \" < > | and dots."
+            )
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    network, training, data = config.network, config.training, config.data
+    if (training.steps is None) == (training.epochs is None):
+        yield "training: give either steps or epochs."
+    if not (network.unet or network.text_encoder or network.pivotal):
+        yield "network: unet and text_encoder are both off and no pivotal word is given."
+    if data.bucket_min > data.bucket_max:
+        yield f"data.bucket_min: {data.bucket_min} is above data.bucket_max, {data.bucket_max}."
+    for key in ("resolution", "bucket_step"):
+        if getattr(data, key) % GRID:
+            yield f"data.{key}: {getattr(data, key)} is not a multiple of {GRID}."
+    if config.sample_size % GRID:
+        yield f"sample.size: {config.sample_size} is not a multiple of {GRID}."
+    triggers = {*data.trigger_words, *data.prune}
+    for tag in (tag for tags in data.prune.values() for tag in tags if tag in triggers):
+        yield f"data.prune: {tag!r} is a trigger itself and would be taken out."
+    if data.cache_text and (network.text_encoder or network.pivotal or data.shuffle or data.tag_dropout):
+        yield (
+            "data.cache_text: what the text encoder says can be kept only while it stays the same. Allowed with "
+            "network.text_encoder = false, no network.pivotal, data.shuffle = false and data.tag_dropout = 0."
+        )
 
 
 def _section(name: str, table: Mapping[str, Any], folder: Path) -> Section:
