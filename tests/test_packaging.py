@@ -158,9 +158,14 @@ def test_the_readme_opens_with_what_a_newcomer_needs():
 
 
 def test_the_schema_page_is_of_this_schema():
+    from lineage import cluster_result
     from lineage.results import SCHEMA, LayerSpectrum, SvdResult
 
     text = (ROOT / "docs" / "schema.md").read_text("utf-8")
     assert f"`{SCHEMA}`" in text
     fields = [*LayerSpectrum.__dataclass_fields__, *SvdResult.__dataclass_fields__]
     assert not [name for name in fields if f"`{name}`" not in text]
+    cluster = text[text.index("## kind `cluster`") :]
+    records = [r for r in vars(cluster_result).values() if getattr(r, "__module__", "") == cluster_result.__name__]
+    fields = {name for record in records for name in record.__dataclass_fields__} - {"provenance"}
+    assert not [name for name in fields if not re.search(rf"\b{name}\b", cluster)]
