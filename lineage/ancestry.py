@@ -6,90 +6,22 @@ Models are indices in an order fixed by their content, so neither names nor file
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lineage import copies, direction, unmerge
+from lineage import copies, direction, joins, unmerge
 from lineage.checkpoint import Checkpoint
 from lineage.cluster_result import Evidence
 from lineage.delta import svd
-from lineage.fingerprint import Fingerprint
-from lineage.graph import adopt, attach, between, rehang, rooted, spanning_tree
+from lineage.graph import adopt, ancestors, attach, between, place, spanning_tree
+from lineage.kin import Ancestry, Kin, Link
 from lineage.thresholds import CHOSEN, Thresholds
 from lineage.whitening import whitened_table
 
 Array = NDArray[np.float64]
-Models = Sequence[Mapping[str, Tensor] | None]
 
 SOURCES = ("whitening", "merges", "biases", "decay", "turns", "centrality")
-
-
-@dataclass(frozen=True)
-class Kin:
-    """One tree's n models. table: (blocks, n, n) inner products of differences to one of them, of the part that is
-    compared; rounding: (n,) energies; models: their tensors, None where files are not to be read again; matrices,
-    vectors: names -> block of the common parameters of two or more, and of one dimension. known: (earlier, later,
-    log-odds) from metadata and dates."""
-
-    prints: tuple[Fingerprint, ...]
-    models: Models
-    blocks: tuple[str, ...]
-    table: Array
-    rounding: Array
-    matrices: Mapping[str, str]
-    vectors: tuple[str, ...]
-    known: tuple[tuple[int, int, float], ...] = ()
-
-    @property
-    def g(self) -> Array:
-        return self.table.sum(0)
-
-    def __len__(self) -> int:
-        return len(self.prints)
-
-
-@dataclass(frozen=True)
-class Link:
-    """An edge between two models (indices), or from a hidden ancestor (parent -1, -2, ...)."""
-
-    parent: int
-    child: int
-    relation: str
-    confidence: float
-    evidence: tuple[Evidence, ...]
-    directed: bool = True
-    weight: float | None = None
-    low: float | None = None
-    high: float | None = None
-    rank: int | None = None
-
-
-@dataclass
-class Ancestry:
-    """What was found in one tree."""
-
-    links: list[Link] = field(default_factory=list)
-    merges: list[Merged] = field(default_factory=list)
-    root: int | None = None
-    root_confidence: float | None = None
-    root_evidence: tuple[Evidence, ...] = ()
-    derived: dict[int, int] = field(default_factory=dict)  # leaf -> what it derives from, by copying
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A merge as found: its reading, intervals per parent, p-value, and coefficients by block where those differ."""
-
-    reading: unmerge.Reading
-    intervals: tuple[tuple[float, float], ...]
-    p_value: float | None
-    method: str = "weighted_sum"
-    unseen: bool = False
-    blocks: dict[str, tuple[float, ...]] | None = None
-    confidence: float = 0.9
 
 
 def grow(
@@ -105,7 +37,7 @@ def grow(
     core = _copies(kin, found, chosen)
     core = _quantised(kin, core, found, chosen)
     if "merges" not in ignore:
-        core = _merges(kin, core, found, seed, chosen)
+        core = joins.exact(kin, core, found, seed, chosen)
     _finetunes(kin, core, found, base, ignore, chosen)
     return found
 
@@ -182,44 +114,6 @@ def _margin(first: float, second: float) -> float:
     return float(1 / (1 + (first / second) ** 8)) if second > 0 else 0.5
 
 
-def _merges(kin: Kin, core: list[int], found: Ancestry, seed: int, chosen: Thresholds) -> list[int]:
-    g = kin.g
-    every: list[unmerge.Reading] = []
-    for child in core:
-        pool = [i for i in core if i != child]
-        if len(pool) > 1 and _dependent(g, kin.rounding, child, pool, chosen):
-            every += unmerge.readings(g, kin.rounding, child, pool, chosen)
-    for child, reading in sorted(unmerge.resolve(every, g, chosen).items()):
-        merged = _described(kin, reading, chosen)
-        found.merges.append(merged)
-        for parent, weight, (low, high) in zip(reading.parents, reading.weights, merged.intervals, strict=True):
-            words = Evidence("residual", "an exact affine combination, up to rounding", reading.ratio)
-            found.links.append(
-                Link(parent, child, "merge", merged.confidence, (words,), weight=weight, low=low, high=high)
-            )
-    return [i for i in core if i not in {m.reading.child for m in found.merges}]
-
-
-def _dependent(g: Array, rounding: Array, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
-    """Whether the child lies in the affine hull of the rest, up to rounding: else no subset can explain it."""
-    nearest = sorted(pool, key=lambda j: (g[j, j] + g[child, child] - 2 * g[j, child], j))[:64]
-    floor = rounding[child] + rounding[nearest].max()
-    return unmerge.full_residual(g, child, nearest) <= chosen.merge_ratio * floor
-
-
-def _described(kin: Kin, reading: unmerge.Reading, chosen: Thresholds) -> Merged:
-    sets = np.array([reading.parents])
-    by_block = np.array([unmerge.affine(g, reading.child, sets)[0][0] for g in kin.table])
-    jack = np.array([unmerge.affine(kin.g - g, reading.child, sets)[0][0] for g in kin.table] or [reading.weights])
-    n = len(jack)
-    se = np.sqrt((n - 1) / n * ((jack - jack.mean(0)) ** 2).sum(0)) if n > 1 else np.zeros(len(reading.weights))
-    half = 2.2 * se + 1e-9
-    intervals = tuple((w - h, w + h) for w, h in zip(reading.weights, half, strict=True))
-    del by_block
-    method = "weighted_sum" if reading.convex else "add_difference"
-    return Merged(reading, intervals, None, method)
-
-
 def _finetunes(
     kin: Kin, core: list[int], found: Ancestry, base: int | None, ignore: Collection[str], chosen: Thresholds
 ) -> None:
@@ -227,23 +121,36 @@ def _finetunes(
     if not core:
         return
     merges = {m.reading.child: m.reading.parents for m in found.merges}
-    w = _increments(kin, sorted([*core, *merges]), ignore, chosen)
-    d = unmerge.distances(w)
+    white = _increments(kin, sorted([*core, *merges]), ignore, chosen)
+    pending = joins.partly(kin, core, white, chosen) if "merges" not in ignore else []
+    core = [m for m in core if m not in {p.reading.child for p in pending}]
+    w = white.sum(0)
     late = between(w, core, merges, chosen.between)
     core = [m for m in core if m not in late]
-    edges = spanning_tree(d, core)
-    votes = _votes(kin, core, found, edges, w, ignore)
-    chances = votes.probabilities(core)
+    edges = spanning_tree(unmerge.distances(w), core)
+    chances = _votes(kin, core, found, edges, w, ignore).probabilities(core)
     root = base if base in core else max(core, key=lambda m: (chances[m], -m))
-    parent = adopt(rehang(rooted(edges, root), w, chosen.hidden_branch), merges, d)
-    parent = attach(parent, late, [*core, *merges], d)
-    sides = direction.below(rooted(edges, root), chances)
-    for child, above in sorted(parent.items()):
-        rivals = [d[child, o] for o in core if o not in (child, above) and parent.get(o) != child]
-        sure = _margin(d[child, above], min(rivals)) if rivals else 0.6
-        forward = 1 - sides.get(child, 0.0) if base != root else 1.0
-        found.links.append(_finetune(kin, above, child, sure, forward, float(d[child, above]), chosen))
+    parent = place(w, root, core, chosen.share_low, chosen.share_high)
+    parent = adopt(parent, merges, w, chosen.merge_share, chosen.share_high)
+    parent = attach(parent, late, [*core, *merges], unmerge.distances(w))
     found.root, found.root_confidence = root, 1.0 if base == root else chances[root]
+    _draw(kin, parent, w, found, {} if base == root else chances, chosen)
+    above: dict[int, Sequence[int]] = {child: [p] for child, p in parent.items()} | merges
+    lines = {m: ancestors(above, m) for m in range(len(kin))}
+    for merged in pending:
+        joins.record(found, joins.settle(kin, merged, lines))
+
+
+def _draw(
+    kin: Kin, parent: Mapping[int, int], w: Array, found: Ancestry, chances: Mapping[int, float], chosen: Thresholds
+) -> None:
+    """Links of the fine-tune tree. chances: of each model, that it is the root."""
+    d = unmerge.distances(w)
+    sides = direction.below(parent, dict.fromkeys([*parent, *parent.values()], 0.0) | dict(chances))
+    for child, above in sorted(parent.items()):
+        rivals = [d[child, o] for o in parent if o not in (child, above) and parent.get(o) != child]
+        sure = _margin(d[child, above], min(rivals)) if rivals else 0.6
+        found.links.append(_finetune(kin, above, child, sure, 1 - sides[child], float(d[child, above]), chosen))
 
 
 def _finetune(
@@ -275,15 +182,15 @@ def _baked_rank(kin: Kin, parent: int, child: int, chosen: Thresholds) -> int | 
 
 
 def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: Thresholds) -> Array:
-    """Inner products (n, n), of `members`, in which squared distances add best: whitened where there are members
-    enough and their files can be read, else plain."""
+    """Inner products (tensors or blocks, n, n), of `members`, in which squared distances add best: whitened where there
+    are members enough and their files can be read, else plain."""
     models = [m for m in (kin.models[i] for i in members) if m is not None]
     if "whitening" in ignore or len(models) < max(chosen.whiten_members, len(members)):
-        return kin.g
-    _, table = whitened_table(models, kin.matrices, floor=chosen.whiten_floor)
-    w = np.zeros((len(kin), len(kin)))
-    w[np.ix_(members, members)] = table.sum(0)
-    return w
+        return kin.table
+    _, table = whitened_table(models, {name: name for name in kin.matrices}, floor=chosen.whiten_floor)
+    white = np.zeros((len(table), len(kin), len(kin)))
+    white[np.ix_(range(len(table)), members, members)] = table
+    return white
 
 
 def _votes(
@@ -294,7 +201,7 @@ def _votes(
         mass = {m: 1 + sum(p == m for p in found.derived.values()) for m in core}
         votes.add("centrality", direction.centrality(edges, mass))
     if "turns" not in ignore:
-        votes.add("turns", {m: 4.0 * s for m, s in direction.agreement(edges, kin.g, core).items()})
+        votes.add("turns", {m: 200 * s for m, s in direction.agreement(edges, w, core).items()})
     if kin.known:
         votes.add("known", direction.precedence(edges, kin.known, core))
     models = [m for m in (kin.models[i] for i in core) if m is not None]
@@ -303,5 +210,5 @@ def _votes(
         if age is not None:
             full = np.zeros(len(kin))
             full[core] = age
-            votes.add("biases", {m: 6 * s for m, s in direction.descent(edges, full, core).items()})
+            votes.add("biases", {m: 7 * s for m, s in direction.descent(edges, full, core).items()})
     return votes

@@ -14,7 +14,6 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from lineage import exact
-from lineage.ancestry import Merged
 from lineage.cluster_result import (
     ALL_DISTANCES,
     ALL_PAIRS,
@@ -41,6 +40,7 @@ from lineage.families import affinities, families
 from lineage.fingerprint import Fingerprint
 from lineage.folder import Folder
 from lineage.found_recipe import toml
+from lineage.kin import Merged
 from lineage.results import Interval, provenance
 
 if TYPE_CHECKING:
@@ -194,14 +194,19 @@ def _edges(tree: Tree, names: Sequence[str]) -> list[Edge]:
 def _merge(tree: Tree, merged: Merged, names: Sequence[str]) -> FoundMerge:
     reading, g = merged.reading, tree.kin.g
     local = [names[p] for p in reading.parents]
-    spans = [Interval(low, w, high) for w, (low, high) in zip(reading.weights, merged.intervals, strict=True)]
+    spans = [Interval(low, w, high) for w, (low, high) in zip(reading.weights, merged.intervals, strict=False)]
     near = min(g[p, p] + g[reading.child, reading.child] - 2 * g[p, reading.child] for p in reading.parents)
     half = any(t.dtype == "float16" for t in tree.kin.prints[reading.child].tensors)
     name = names[reading.child]
-    recipe = None if merged.unseen else toml(name, local, spans, half=half, blocks=merged.blocks)
+    recipe = toml(name, local, spans, half=half, blocks=merged.blocks) if spans else None
+    seen = [
+        MergeParent(n, w if merged.unseen else None, None, None) for n, w in zip(local, reading.weights, strict=True)
+    ]
+    if spans:
+        seen = [MergeParent(n, s.value, s.low, s.high) for n, s in zip(local, spans, strict=True)]
     return FoundMerge(
         name,
-        tuple(MergeParent(n, s.value, s.low, s.high) for n, s in zip(local, spans, strict=True)),
+        tuple(seen),
         float(reading.residual / near) if near > 0 else None,
         merged.p_value,
         merged.unseen,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from joblib import Parallel, delayed, parallel_config
 
-from lineage.ancestry import Ancestry, Kin, grow
+from lineage.ancestry import grow
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.cluster_records import Found, records
 from lineage.cluster_result import ClusterResult
@@ -27,6 +27,7 @@ from lineage.families import trees
 from lineage.fingerprint import Fingerprint, fingerprint
 from lineage.folder import Folder, Item, scan
 from lineage.gram import Gram, shared, sketch_gram
+from lineage.kin import Ancestry, Kin
 from lineage.recipe import did_you_mean
 from lineage.thresholds import CHOSEN, Thresholds
 

@@ -46,29 +46,60 @@ def rooted(edges: Sequence[tuple[int, int]], root: int) -> dict[int, int]:
     return {child: parent for parent, child in nx.bfs_edges(tree, root, sort_neighbors=sorted)}
 
 
-def rehang(parent: Mapping[int, int], g: Array, threshold: float) -> dict[int, int]:
-    """Move a child one step up where its increment shares more than `threshold` (cosine) with that of its parent
-    towards the grandparent: then it did not start from the parent, but from before it. Nearest the root first."""
-    moved = dict(parent)
-    for child in sorted(parent, key=lambda node: (depth(parent, node), node)):
-        while (up := moved.get(moved[child])) is not None and turn(g, moved[child], up, child) > threshold:
-            moved[child] = up
-    return moved
+def share(g: Array, start: int, via: int, node: int) -> float:
+    """How much of the increment start -> via a node holds: its coefficient in the node's own way from the start. About
+    1 where the node descends from `via`, about 0 where it does not; what all training has in common adds to both."""
+    inner = g[node, via] - g[node, start] - g[start, via] + g[start, start]
+    return float(inner / max(g[via, via] - 2 * g[via, start] + g[start, start], 1e-300))
 
 
-def adopt(parent: Mapping[int, int], hosts: Mapping[int, Sequence[int]], d: Array) -> dict[int, int]:
-    """Hang models from merges where those are nearer than their parents. hosts: merge -> its parents; no model hangs
-    from its own descendant. d: (n, n) squared distances."""
+def place(g: Array, root: int, members: Sequence[int], low: float, high: float, passes: int = 3) -> dict[int, int]:
+    """child -> parent, given the root: each model goes down from the root into the child whose increment it holds whole
+    (share from low to high), the one that explains most, until there is none.
+
+    g: (n, n) inner products in which increments are nearly orthogonal. Models are placed from the nearest to the root
+    on; further passes place each again, now that all are there."""
+    reach = {m: g[m, m] - 2 * g[m, root] + g[root, root] for m in members}
+    order = sorted((m for m in members if m != root), key=lambda m: (reach[m], m))
+    parent: dict[int, int] = {}
+    for _ in range(passes):
+        before = dict(parent)
+        for node in order:
+            kept = {child: above for child, above in parent.items() if child != node}
+            own = {m for m in kept if node in ancestors({c: [a] for c, a in kept.items()}, m)}
+            parent[node] = _descend(g, root, node, children({c: a for c, a in kept.items() if c not in own}), low, high)
+        if parent == before:
+            break
+    return parent
+
+
+def _descend(g: Array, root: int, node: int, below: Mapping[int, Sequence[int]], low: float, high: float) -> int:
+    at = root
+    while True:
+        shares = {via: share(g, at, via, node) for via in below.get(at, [])}
+        gains = {
+            via: (2 * part - 1) * (g[via, via] - 2 * g[via, at] + g[at, at])
+            for via, part in shares.items()
+            if low < part < high
+        }
+        if not gains:
+            return at
+        at = max(sorted(gains), key=lambda via: gains[via])
+
+
+def adopt(
+    parent: Mapping[int, int], hosts: Mapping[int, Sequence[int]], g: Array, low: float, high: float
+) -> dict[int, int]:
+    """Hang models from merges that are nearer than their parents and whose increment they hold whole (share from low
+    to high). hosts: merge -> its parents; no model hangs from its own descendant. g: (n, n) inner products."""
     above: dict[int, Sequence[int]] = {child: [p] for child, p in parent.items()} | dict(hosts)
     moved = dict(parent)
     for child in sorted(parent):
-        for host in sorted(hosts, key=lambda h: (d[child, h], h)):
-            if d[child, host] >= d[child, moved[child]]:
-                break
-            if child not in ancestors(above, host):
-                moved[child] = host
-                above[child] = [host]
-                break
+        shares = {host: share(g, parent[child], host, child) for host in sorted(hosts)}
+        fit = [h for h, s in shares.items() if low < s < high and child not in ancestors(above, h)]
+        if fit:
+            moved[child] = min(fit, key=lambda h: g[h, h] - 2 * g[h, child])
+            above[child] = [moved[child]]
     return moved
 
 

@@ -19,15 +19,19 @@ class Thresholds:
     merge_pool: int = 14  # candidates per child whose subsets are all tried
     merge_parents: int = 5
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
-    partial_spread: float = 0.35  # of the share over blocks, relative to the share: a merge's is the same in all
-    hidden_branch: float = 0.25  # whitened cosine of two increments at a node, above which they part before it
+    share_low: float = 0.7  # of another model's increment that a descendant holds at least, in whitened coordinates
+    merge_share: float = 0.85  # and of a merge's: the mean of its parents is much like what they have in common
+    share_high: float = 1.3  # and at most: more is a common direction, not descent
     between: float = 0.1  # minus the cosine of the ways to two parents of a merge, for what descends from the merge
+    exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
+    partial_gain: float = 0.5  # the same of a merge with an unseen parent
+    steady: float = 5.0  # by which one weight for all blocks fits better than a path does
     neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     directed: float = 0.7  # probability of a direction from which on an edge has one
     whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share
-    whiten_floor: float = 1e-3  # of the largest eigenvalue, added before the inverse root
+    whiten_floor: float = 1e-6  # of the largest eigenvalue, added before the inverse root
     replicates: int = 32  # bootstrap samples of blocks
     family_similarity: float = 0.15  # least silhouette at which a tree is parted into families
 

@@ -2,7 +2,8 @@
 
 Siblings trained on like data move along the same few directions, so their squared distances do not add along paths. Per
 matrix of a tree, D -> (L + e)^(-1/2) D (R + e)^(-1/2) with L = sum D D^T and R = sum D^T D over the tree's deviations
-from their mean (a Kronecker estimate of the increments' covariance): in these coordinates they nearly do.
+from their mean, each of length 1 (a Kronecker estimate of the increments' covariance): in these coordinates they nearly
+do.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def whiten(stack: Tensor, floor: float = CHOSEN.whiten_floor) -> Tensor:
     if not deviation.any():
         return deviation
     rows, columns = deviation.shape[1:]
-    left = inverse_root(torch.einsum("nij,nkj->ik", deviation, deviation), floor) if rows <= LONGEST_SIDE else None
-    right = inverse_root(torch.einsum("nji,njk->ik", deviation, deviation), floor) if columns <= LONGEST_SIDE else None
+    even = deviation / deviation.flatten(1).norm(dim=1).clamp_min(torch.finfo(stack.dtype).tiny)[:, None, None]
+    left = inverse_root(torch.einsum("nij,nkj->ik", even, even), floor) if rows <= LONGEST_SIDE else None
+    right = inverse_root(torch.einsum("nji,njk->ik", even, even), floor) if columns <= LONGEST_SIDE else None
     white = deviation if left is None else left @ deviation
     white = white if right is None else white @ right
     return white / white.square().mean().sqrt()

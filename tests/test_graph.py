@@ -46,7 +46,7 @@ def test_additive_distances_give_the_tree_back(seed):
     edges = graph.spanning_tree(distances(g), range(14))
     assert edges == pairs(parent)
     assert graph.rooted(edges, 0) == parent
-    assert graph.rehang(parent, g, 0.25) == parent
+    assert graph.place(g, 0, range(14), 0.7, 1.3) == parent
 
 
 def test_a_turn_is_a_cosine():
@@ -63,7 +63,8 @@ def test_a_sibling_that_shares_a_direction_is_hung_from_the_parent():
     g = w @ w.T
     chain = graph.rooted(graph.spanning_tree(distances(g), range(3)), 0)
     assert chain == {1: 0, 2: 1}
-    assert graph.rehang(chain, g, 0.05) == {1: 0, 2: 0}
+    assert graph.share(g, 0, 1, 2) < 1
+    assert graph.place(g, 0, range(3), 0.95, 1.3) == {1: 0, 2: 0}
 
 
 def merge_family() -> np.ndarray:
@@ -83,7 +84,7 @@ def test_models_hang_from_a_merge_but_its_parents_do_not():
     w = merge_family()
     d = distances(w @ w.T)
     parent = graph.rooted(graph.spanning_tree(d, [0, 1, 2, 5]), 0)
-    parent = graph.adopt(parent, {3: (1, 2)}, d)
+    parent = graph.adopt(parent, {3: (1, 2)}, w @ w.T, 0.8, 1.2)
     assert graph.attach(parent, [4, 6], [0, 1, 2, 3, 5], d) == {1: 0, 2: 0, 4: 3, 5: 3, 6: 4}
 
 
