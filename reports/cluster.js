@@ -212,7 +212,7 @@ const Forest = (() => {
     const list = (title, found, name) => (found.length ? [make("h4", {}, title), make("ul", { class: "links" }, ...found.map((edge) =>
       make("li", {}, make("button", { type: "button", "data-edge": edge.index }, name(edge)))))] : []);
     const where = node.kind === "unobserved" ? "An ancestor that no file here is" : node.kind === "adapter" ? "Adapter" : "";
-    panel(node.name, where, terms, ...list("Made from", origins, (e) => e.words), ...list(`Made of it (${out.length})`, out.slice(0, 100), (e) => e.child.name));
+    panel(node.name, where, terms, ...list("Made from", origins, (e) => (e.child === node ? e.words : `kin of ${e.child.name}, older or younger`)), ...list(`Made of it (${out.length})`, out.slice(0, 100), (e) => e.child.name));
     draw();
     if (known) dispatchEvent(new CustomEvent("model", { detail: node.name }));
   }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lineage.cluster_result import ClusterResult, Edge, FoundMerge
-from reports.wording import count
+from reports.wording import count, number
 
 _FEW = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = {
@@ -40,7 +40,7 @@ def _ancestors(result: ClusterResult) -> str:
 
 def few(n: int) -> str:
     """Numbers below ten as words."""
-    return _FEW[n] if 0 <= n < len(_FEW) else count(n, "").strip()
+    return _FEW[n] if 0 <= n < len(_FEW) else number(n)
 
 
 def formula(merge: FoundMerge) -> str:

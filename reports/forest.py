@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,7 +71,7 @@ def _placed(names: list[str], links: dict[int, list[tuple[tuple, int]]]) -> list
     placed: dict[int, tuple[int, int]] = {}
     ready = [i for i, n in waiting.items() if n == 0]
     while len(placed) < len(names):
-        at = heapq.heappop(ready) if ready else min(i for i in waiting if i not in placed)
+        at = ready.pop() if ready else min(i for i in waiting if i not in placed)
         if at in placed:
             continue
         known = [parent for _, parent in links.get(at, []) if parent in placed]
@@ -80,7 +79,7 @@ def _placed(names: list[str], links: dict[int, list[tuple[tuple, int]]]) -> list
         for child in children.get(at, ()):
             waiting[child] -= 1
             if waiting[child] == 0:
-                heapq.heappush(ready, child)
+                ready.append(child)
     return [placed[i] for i in range(len(names))]
 
 

@@ -105,9 +105,9 @@
       draw("distances", distancesFigure).then((place) => {
         place.on("plotly_click", ({ points: [{ x, y }] }) => choose(heat.order[Math.round(y)], heat.order[Math.round(x)]));
       });
-      const [first, second] = heat.order;
-      choose(first, heat.order.find((other) => distance(first, other) > FLOOR) ?? second);
-    } else choose(0, 1);
+    }
+    const [a, b] = similarity.pairs.find(([, , ...values]) => values.some((v) => v > 0)) ?? [0, 1];
+    choose(a, b);
   }
 
   start();

@@ -20,7 +20,7 @@ from lineage.errors import LineageError
 from lineage.results import dumps, to_json
 from reports.build import build
 from reports.cluster_figures import block_data, dendrogram, heat_data, leaves, merge_bars
-from reports.cluster_words import added, answer, edge_words, formula
+from reports.cluster_words import added, answer, edge_words, few, formula
 from reports.forest import forest
 from reports.page import visible
 from reports.records import restore
@@ -80,9 +80,21 @@ def test_circles_are_drawn_and_strangers_refused():
     a, b = (m.name for m in pair.models)
     ring = tuple(Edge(x, y, "finetune", None, None, None, False, 0.5) for x, y in ((a, b), (b, a), (a, a)))
     assert [n.name for n in forest(replace(pair, edges=ring, unobserved=()))] == [a, b]
+    nodes = forest(replace(pair, edges=(replace(ring[1], child=b), ring[1]), unobserved=()))
+    assert [(n.name, n.parent) for n in nodes] == [(b, -1), (a, 0)]
     stranger = replace(ring[0], parent="stranger")
     with pytest.raises(LineageError, match=r"edges\[0\].*'stranger'"):
         forest(replace(pair, edges=(stranger,)))
+
+
+def test_a_borrowed_component_is_no_parent():
+    some = cluster_result(12)
+    a, b, c = [m.name for m in some.models][:3]
+    borrowed = Edge(a, c, "component", None, None, None, True, 1.0, component="vae")
+    own = Edge(b, c, "finetune", None, None, None, True, 0.2)
+    for edges, parent in (((borrowed, own), b), ((borrowed,), a)):
+        nodes = forest(replace(some, edges=edges))
+        assert nodes[next(n.parent for n in nodes if n.name == c)].name == parent
 
 
 def test_the_answer_counts(result):
@@ -91,6 +103,11 @@ def test_the_answer_counts(result):
     assert f"{len(result.roots)} root" in said
     unseen = sum(m.unseen_parent for m in result.merges)
     assert ("with an unseen parent" in said) == bool(unseen)
+
+
+@pytest.mark.parametrize(("n", "word"), [(0, "no"), (1, "one"), (9, "nine"), (10, "10"), (1234, "1 234")])
+def test_few_are_words(n, word):
+    assert few(n) == word
 
 
 def merge(*parents: tuple[str, float | None], unseen: bool = False, method: str = "weighted_sum") -> FoundMerge:
@@ -102,6 +119,7 @@ def merge(*parents: tuple[str, float | None], unseen: bool = False, method: str 
     ("found", "said"),
     [
         (merge(("B", 0.3), ("A", 0.7)), "0.70 A + 0.30 B"),
+        (merge(("A", 0.3), ("B", 0.7)), "0.70 B + 0.30 A"),
         (merge(("A", 1.0), ("B", 0.5), ("C", -0.5)), "1.00 A + 0.50 B - 0.50 C"),
         (merge(("A", 0.6), unseen=True), "0.60 A + an unseen parent"),
         (merge(unseen=True), "an unseen parent"),
