@@ -82,7 +82,7 @@ class Run:
         page = build.build(results.to_json(result))
         files = {"result.json": results.dumps(result), "report.html": page, **exports(result)}
         results.write_files(self.folder, files, self.force)
-        self.say(f"Written: {self.folder / 'result.json'}, {self.folder / 'report.html'}")
+        self.say(f"Written: {', '.join(str(self.folder / name) for name in files)}")
 
     def finish(self, result: Any) -> None:
         """Save a result, and print it even where it cannot be saved."""
@@ -301,6 +301,56 @@ def _weighted(text: str) -> tuple[str, float]:
         return (path, float(weight)) if colon else (text, 1.0)
     except ValueError:  # the colon belongs to the path: C:\file
         return text, 1.0
+
+
+FILE = click.option("-o", "--output", "file", required=True, type=click.Path(path_type=Path), metavar="FILE")
+REPORT = click.option(
+    "--report", "output", type=click.Path(path_type=Path), metavar="DIR", help="Write result.json and report.html here."
+)
+ENERGY = click.option("--energy", type=float, metavar="SHARE", help="The fewest ranks that hold this share, as 0.9.")
+
+
+@cli.command()
+@click.argument("base", type=EXISTING)
+@click.argument("tuned", type=EXISTING)
+@FILE
+@click.option("--kind", default="locon", show_default=True, type=click.Choice(["locon", "lora", "loha"]))
+@click.option("--rank", type=click.IntRange(1), help="Of every module; default 64, LoHa 8.")
+@ENERGY
+@click.option("--signal", is_flag=True, help="As many ranks as stand out of storage rounding, layer by layer.")
+@click.option("--conv-rank", type=click.IntRange(1), help="Of convolutions; default as --rank.")
+@click.option("--component", "components", multiple=True, help="Only this one (unet, text_encoder, ...); repeatable.")
+@click.option("--diffs", is_flag=True, help="Store whole what has no factors: norms, biases, the outermost layers.")
+@click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "bfloat16", "float32"]))
+@_options(REPORT, FORCE, JSON, VERBOSE, QUIET, DEVICE, check=RESULT_FILES)
+def extract(run: Run, base: Path, tuned: Path, file: Path, **options):
+    """An adapter (kohya's names) out of the change from BASE to TUNED, written as FILE; what it lacks is listed."""
+    from lineage.cache import begin
+
+    begin(base, tuned)  # before torch is imported
+    import lineage
+
+    with run.progress() as progress:
+        found = lineage.extract(base, tuned, file, device=run.device, force=run.force, progress=progress, **options)
+    run.finish(found)
+
+
+@cli.command()
+@click.argument("adapter", type=EXISTING)
+@FILE
+@click.option("--rank", type=click.IntRange(1), help="At most so many ranks in every module.")
+@ENERGY
+@click.option("--ratio", type=float, metavar="X", help="Singular values down to 1/X of the module's largest.")
+@click.option("--kind", type=click.Choice(["locon", "loha"]), help="loha keeps a LoHa a LoHa; default: locon.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="Default: as in the file.")
+@_options(REPORT, FORCE, JSON, VERBOSE, QUIET, check=RESULT_FILES)
+def resize(run: Run, adapter: Path, file: Path, **options):
+    """ADAPTER with fewer ranks, written as FILE: compression after training."""
+    import lineage
+
+    with run.progress() as progress:
+        found = lineage.resize(adapter, file, force=run.force, progress=progress, **options)
+    run.finish(found)
 
 
 @cli.command()

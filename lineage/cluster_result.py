@@ -187,7 +187,7 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Choice:
-    """`producer` of the table of inner products: "exact" or "sketch", and why."""
+    """`producer` of the table of inner products: "exact" or "sketch"; `reason`: why, a whole sentence."""
 
     producer: str
     reason: str

@@ -53,10 +53,7 @@ def _lead(result: ClusterResult) -> Safe:
     buckets = ", ".join(f"{bucket} {number(n)}" for bucket, n in sorted(result.counts.items()) if n)
     whole = f"{answer(result)} " if result.added is not None else ""
     shown = f" Drawn is what is at least {percent(result.min_confidence)} sure." if result.min_confidence else ""
-    producer = {"exact": "Compared exactly", "sketch": "Compared by sketches"}.get(result.choice.producer, "Compared")
-    return h(
-        "p", f"{whole}{count(files, 'file')} ({buckets}). {producer}: {result.choice.reason}.{shown}", class_="lead"
-    )
+    return h("p", f"{whole}{count(files, 'file')} ({buckets}). {result.choice.reason}{shown}", class_="lead")
 
 
 def _warnings(result: ClusterResult) -> Safe | None:

@@ -168,10 +168,8 @@ def cluster(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table
         yield plain(f"Mind: {m.model}: the {m.source} says {m.claim}, the weights say {m.finding}.")
     for note in found.notes:
         yield plain(note)
-    counts = ", ".join(f"{bucket} {n}" for bucket, n in sorted(found.counts.items()))
-    yield plain(
-        f"{count(sum(found.counts.values()), 'file')} ({counts}). {found.choice.producer}: {found.choice.reason}."
-    )
+    counts = ", ".join(f"{bucket} {n}" for bucket, n in sorted(found.counts.items()) if n)
+    yield plain(f"{count(sum(found.counts.values()), 'file')} ({counts}). {found.choice.reason}")
 
 
 def _cluster_tree(found: ClusterResult, verbosity: int) -> Table:

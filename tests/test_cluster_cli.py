@@ -7,6 +7,8 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from synthetic_cluster import cluster_result
 
 import cli
@@ -99,3 +101,36 @@ def test_the_table_shows_the_tree(call, folder):
         assert m.name in out
     assert "\n  " in out
     assert "(result" not in out
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """A base, two fine-tunes of it, and an upload that mixes them, of small random networks."""
+    monkeypatch.setenv("LINEAGE_CACHE", str(tmp_path / "cache"))
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        f"layers.{i}.{name}.weight": shape for i in range(4) for name, shape in (("q", (48, 48)), ("f", (96, 48)))
+    }
+
+    def noise(scale: float) -> dict[str, torch.Tensor]:
+        return {name: torch.randn(shape, generator=g) * scale for name, shape in shapes.items()}
+
+    def plus(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: a[name] + b[name] for name in a}
+
+    base = noise(0.2)
+    left, right = plus(base, noise(0.004)), plus(base, noise(0.004))
+    upload = {name: 0.7 * left[name] + 0.3 * right[name] for name in base}
+    (tmp_path / "models").mkdir()
+    for name, tensors in {"base": base, "left": left, "right": right}.items():
+        save_file(tensors, tmp_path / "models" / f"{name}.safetensors")
+    save_file(upload, tmp_path / "upload.safetensors")
+    return tmp_path
+
+
+def test_a_real_folder(call, real):
+    code, out, err = call("cluster", real / "models", "--base", "base", "-o", real / "out")
+    assert code == 0, err
+    assert "3 models, 1 root" in out
+    result = json.loads((real / "out" / "result.json").read_text("utf-8"))
+    assert {(e["parent"], e["child"]) for e in result["edges"]} == {("base", "left"), ("base", "right")}
