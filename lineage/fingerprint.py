@@ -198,7 +198,7 @@ def _print(param: Param, block: str, entries: Tensor, hashed: Callable[[], Hash]
     """What one parameter's entries tell, and their sketch; a part at a time."""
     digest, tally, sketch = hashlib.sha256(str(param.dtype).encode()), Tally(entries.dtype), hashed and hashed()
     for part in entries.split(PART):
-        digest.update(zlib.crc32(part.view(torch.uint8).numpy()).to_bytes(4, "little"))
+        digest.update(zlib.crc32(part.view(torch.uint8).numpy().data).to_bytes(4, "little"))
         tally.add(part)
         if sketch:
             sketch.take(part)

@@ -128,7 +128,10 @@ class Gram:
 
 def _affine(g: Floats, x: int, parents: list[int], noise: Floats, entries: int) -> Affine:
     """Least squares on differences from the first parent. What storing lost of a parent P_k appears in the normal
-    equations as r_0 + r_k [k = l], and in their right-hand side as r_0 (Fuller 1987, errors in variables)."""
+    equations as r_0 + r_k [k = l], and in their right-hand side as r_0 (Fuller 1987, errors in variables).
+
+    The interval is chance (independent residuals) plus r_x / ||d||^2: where differences are a few ulp wide, the child's
+    rounding follows them, and shifts coefficients by as much as that."""
     p0, rest = parents[0], parents[1:]
     a = _inner(g, rest, rest, p0)
     y = _inner(g, rest, [x], p0)[:, 0]
@@ -147,7 +150,9 @@ def _affine(g: Floats, x: int, parents: list[int], noise: Floats, entries: int) 
         w = _whole(_solve(a, y))
         before = noise[x] + float(w**2 @ r)
     floor = before if lost else stored
-    spread = _CERTAIN * _deviation(a, max(residual, floor) / max(1, entries))
+    inverse = _inverse_diagonal(a)
+    chance = np.sqrt(inverse * max(residual, floor) / max(1, entries))
+    spread = _CERTAIN * chance + inverse * noise[x]
     return Affine(w, w - spread, w + spread, residual, floor, lost, _condition(a))
 
 
@@ -162,15 +167,15 @@ def _whole(rest: Floats) -> Floats:
 
 def _solve(a: Floats, y: Floats) -> Floats:
     """Least squares of smallest norm where the parents are dependent."""
-    return np.linalg.lstsq(a, y, rcond=1e-12)[0] if len(a) else np.zeros(0)
+    return np.asarray(np.linalg.lstsq(a, y, rcond=1e-12)[0], np.float64) if len(a) else np.zeros(0)
 
 
-def _deviation(a: Floats, variance: float) -> Floats:
-    """Standard deviations of all coefficients, the first being 1 minus the rest; residuals of `variance` an entry."""
+def _inverse_diagonal(a: Floats) -> Floats:
+    """Variance of each coefficient per variance of an entry's residual; the first coefficient is 1 minus the rest."""
     if not len(a):
         return np.zeros(1)
-    covariance = variance * np.linalg.pinv(a, rcond=1e-12, hermitian=True)
-    return np.sqrt(np.maximum(0, np.concatenate([[covariance.sum()], np.diag(covariance)])))
+    inverse = np.linalg.pinv(a, rcond=1e-12, hermitian=True)
+    return np.maximum(0, np.concatenate([[inverse.sum()], np.diag(inverse)]))
 
 
 def _condition(a: Floats) -> float:

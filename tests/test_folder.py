@@ -91,7 +91,7 @@ things = st.tuples(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_file_lands_in_one_bucket_and_the_counts_add_up(tmp_path_factory, found, loop):
     folder = tmp_path_factory.mktemp("folder")
-    expected = dict.fromkeys(BUCKETS, 0)
+    expected: dict[str, int] = dict.fromkeys(BUCKETS, 0)
     for place_in, name, kind in found:
         expected[EXPECTED[kind]] += place(folder / place_in, name, kind)
     if loop:
