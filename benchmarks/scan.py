@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from svd import DATA, watch  # pyright: ignore[reportMissingImports]
 
-from benchmarks.svd import DATA, watch
 from lineage.sketch import Hash, allocate
 
 FOLDER = DATA / "scan"
@@ -175,9 +175,8 @@ def sketch_errors(kind: str, hashes: int) -> list[float]:
 
 def sketches(hashes: int) -> None:
     """Print the errors of squared sketch distances, 65,536 slots over 24 blocks of 12.6 million entries."""
-    print(
-        "| difference | hashes | mean error | median, % | 99.9th percentile, % | largest, % |\n|---|---|---|---|---|---|"
-    )
+    print("| difference | hashes | mean error, % | median, % | 99.9th percentile, % | largest, % |")
+    print("|---|---|---|---|---|---|")
     everything: list[float] = []
     for kind in DELTAS:
         errors = sketch_errors(kind, hashes)
