@@ -2,14 +2,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import (  # type: ignore[reportPrivateImportUsage]
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from stable_diffusion import full
 from training_bases import KINDS, parts, published, write_config, write_file, write_folder
@@ -33,7 +30,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write_file(folder / kind / "base.safetensors", kind) for kind in KINDS}
 
 
-def peer(base: Base, **scheduler):
+def peer(base: Base, **scheduler: Any) -> Any:
     """diffusers' own pipeline over the same modules."""
     settings = {**architectures.SCHEDULE, "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
     settings.pop("num_train_timesteps")
@@ -42,12 +39,14 @@ def peer(base: Base, **scheduler):
     own |= {f"tokenizer{n}": t for n, t in zip(names, base.tokenizers, strict=True)}
     own |= {"unet": base.unet, "vae": base.vae, "scheduler": DDIMScheduler(**{**settings, **scheduler})}
     with quiet():
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+        from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
         if base.architecture == "sdxl":
-            made = StableDiffusionXLPipeline(**own)
+            made: Any = StableDiffusionXLPipeline(**own)
         else:
-            made = StableDiffusionPipeline(
-                **own, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
+            absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+            made = StableDiffusionPipeline(**own, **absent, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -71,7 +70,8 @@ def test_text_is_read_as_diffusers_reads_it(kind: str, bases: dict[str, Path]):
     found = base.encode_text(PROMPTS)
     theirs = encode_prompt(peer(base))
     assert torch.equal(found.states, theirs[0])
-    assert found.pooled is None if kind != "sdxl" else torch.equal(found.pooled, theirs[2])
+    pooled = found.pooled
+    assert pooled is None if kind != "sdxl" else pooled is not None and torch.equal(pooled, theirs[2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +84,7 @@ def test_clip_skip_2_is_the_encoder_without_its_last_layer(kind: str, bases: dic
     assert torch.equal(found.states, encode_prompt(peer(base))[0])
 
 
-def encode_prompt(pipeline):
+def encode_prompt(pipeline: Any) -> Any:
     return pipeline.encode_prompt(PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
 
 

@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {"norm_num_groups": 8, "layers_per_block": 1}
 WORDS: dict[str, Any] = {"vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407}
 
 
-def parts(kind: str) -> dict[str, nn.Module]:
+def parts(kind: str) -> dict[str, Any]:
     """Components of a tiny model; the same weights at every call."""
     torch.manual_seed(0)
     auto = vae((8, 8, 16), norm_num_groups=8, layers_per_block=1)
@@ -33,11 +33,10 @@ def parts(kind: str) -> dict[str, nn.Module]:
     return {"unet": net, "vae": auto, "text_encoder": text(16, 3, 2, **WORDS), "text_encoder_2": second}
 
 
-def write_config(folder: Path, modules: dict[str, nn.Module]) -> Path:
+def write_config(folder: Path, modules: dict[str, Any]) -> Path:
     """configurations and tokenizers, no weights."""
     for name, module in modules.items():
-        config: Any = module.config
-        (config.save_pretrained if name.startswith("text") else module.save_config)(folder / name)
+        (module.config.save_pretrained if name.startswith("text") else module.save_config)(folder / name)
     pipeline.write_tokenizer(folder / "tokenizer")
     if "text_encoder_2" in modules:
         pipeline.write_tokenizer(folder / "tokenizer_2")

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Record:
     seconds: float
 
 
-def train(config: Config, *, device: str = "auto", progress: Progress | None = None) -> Iterator[Record]:
+def train(config: Config, *, device: str = "auto", progress: Progress | None = None) -> Generator[Record]:
     """Train as `config` says, from where its folder stands; a run that is done yields nothing.
 
     Closing the generator keeps the state of the last step. LineageError before the first step for all that cannot be
@@ -103,8 +103,8 @@ class Training:
         self.steps = self.plan.steps
         self.base = open_base(config.model, device=device, precision=training.precision)
         self.hashes = base_hashes(self.base)
-        self.words = Words(self.base, config.network) if config.network.pivotal else None
         self.network = Network(self.base.unet, self.base.text_encoders, config.network, training.seed)
+        self.words = Words(self.base, config.network) if config.network.pivotal else None
         groups = [*self.network.parameter_groups(config), *self._word_groups()]
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
         self.rates = [group["lr"] for group in groups]
