@@ -354,18 +354,34 @@ def resize(run: Run, adapter: Path, file: Path, **options):
 
 
 @cli.command()
-@click.argument("config", type=EXISTING)
+@click.argument("config", required=False, type=EXISTING)
+@click.option("--from-kohya", type=EXISTING, metavar="FILE", help="Print kohya's settings, or an adapter's, as ours.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Such as training.lr=5e-4; repeatable.")
 @click.option("--find-lr", "find", is_flag=True, help="Sweep the learning rate instead, and suggest one.")
 @_options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE)
-def train(run: Run, config: Path, changes: Sequence[str], find: bool):
+def train(run: Run, config: Path | None, from_kohya: Path | None, changes: Sequence[str], find: bool):
     """Train a LoHa, LoCon or LoRA as CONFIG (TOML) says; -o names the run's folder.
 
     That folder is its own: the same call continues where it was stopped, or says that it is done.
     """
     with extras("train"):
+        if from_kohya:
+            return _translate(run, from_kohya)
+        if config is None:
+            raise click.UsageError("Give CONFIG, or --from-kohya FILE to make one.")
         settings = _settings(run, config, changes)
         _find_rate(run, settings) if find else _train(run, settings)
+
+
+def _translate(run: Run, file: Path) -> None:
+    from train import kohya
+
+    found = kohya.from_kohya(file)
+    click.echo(found.to_toml(), nl=False)
+    for note in found.notes:
+        run.say(f"Mind: {note}")
+    for key, why in found.ignored.items():
+        run.say(f"Ignored: {key}: {why}")
 
 
 def _settings(run: Run, config: Path, changes: Sequence[str]) -> Any:

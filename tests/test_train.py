@@ -25,6 +25,7 @@ from lineage.errors import LineageError
 from lineage.hashing import sha256
 from train.config import Config
 from train.data import Batch
+from train.kohya import from_kohya
 from train.loop import Record, Training, denoising_errors, train
 from train.models import Text
 from train.rate_sweep import find_lr
@@ -327,6 +328,33 @@ def test_files_are_read_by_this_toolkit_and_name_their_parent(kind: str, tmp_pat
     assert {name: tuple(t.shape) for name, t in words.items()} == shapes
     lineage.apply(settings.model.base, {str(adapter.path): 1.0}, tmp_path / "applied.safetensors")
     assert sha256(tmp_path / "applied.safetensors") != sha256(settings.model.base)
+
+
+def test_metadata_turns_into_the_settings_again(tmp_path: Path):
+    settings = config(
+        tmp_path,
+        training__steps=1,
+        training__optimizer="adamw8bit",
+        training__weight_decay=0.02,
+        training__scheduler="cosine",
+        training__warmup=1,
+        training__unet_lr=3e-3,
+        training__accumulation=2,
+        training__precision="bf16",
+        training__seed=3,
+        network__conv_alpha=2.0,
+        data__keep_tokens=2,
+        data__tag_dropout=0.1,
+        data__shuffle=True,
+        data__clip_skip=2,
+        save__name="named",
+    )
+    finish(settings)
+    again = from_kohya(tmp_path / "run" / "named.safetensors").config
+    assert again.network == settings.network
+    assert replace(again.training, text_encoder_lr=None) == settings.training
+    assert again.text_encoder_lr == settings.text_encoder_lr
+    assert replace(again.data, folder=settings.data.folder, reg=None) == settings.data
 
 
 def test_new_words_are_read_whole_and_nothing_else_changes(tmp_path: Path):

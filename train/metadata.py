@@ -68,14 +68,14 @@ def _model(config: Config, base: Base) -> dict[str, Any]:
 
 
 def _training(config: Config, step: int) -> dict[str, Any]:
-    training = config.training
+    training, decay = config.training, config.training.weight_decay
     return {
         "ss_learning_rate": training.lr,
         "ss_unet_lr": config.unet_lr if config.network.unet else None,
         "ss_text_encoder_lr": config.text_encoder_lr if config.network.text_encoder else None,
         "ss_lr_scheduler": training.scheduler,
         "ss_lr_warmup_steps": training.warmup,
-        "ss_optimizer": OPTIMIZERS[training.optimizer],
+        "ss_optimizer": OPTIMIZERS[training.optimizer] + ("" if decay is None else f"(weight_decay={decay})"),
         "ss_seed": training.seed,
         "ss_steps": step,
         "ss_batch_size_per_device": training.batch,
