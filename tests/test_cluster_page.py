@@ -6,11 +6,11 @@ import json
 import math
 import re
 from dataclasses import replace
-from itertools import pairwise
 
 import networkx
 import numpy as np
 import pytest
+from scipy.cluster.hierarchy import dendrogram as scipys_dendrogram
 from scipy.cluster.hierarchy import leaves_list
 from synthetic_cluster import HOSTILE_NAMES, cluster_result
 from test_reports import Elements
@@ -168,10 +168,14 @@ def test_brackets_stand_over_what_they_join(result):
     n = len(result.distances.models)
     order = leaves(result.linkage, n)
     x, y = dendrogram(result.linkage, order)
-    tops = sorted(v for v in y[1::5] if v is not None)
-    assert tops == pytest.approx(sorted(math.log10(max(d, 1e-7)) for _, _, d, _ in result.linkage))
-    for left, right in pairwise(sorted({round(v, 9) for v in x if v is not None and float(v).is_integer()})):
-        assert right - left >= 1
+    found = zip(x[0::5], x[2::5], y[1::5], strict=True)
+    wanted = []
+    if n > 1:
+        oracle = scipys_dendrogram(np.array(result.linkage), no_plot=True)
+        tops = [math.log10(max(top, 1e-7)) for _, top, _, _ in oracle["dcoord"]]
+        sides = [((i[0] - 5) / 10, (i[2] - 5) / 10) for i in oracle["icoord"]]
+        wanted = [(*side, top) for side, top in zip(sides, tops, strict=True)]
+    assert np.array(sorted(found)) == pytest.approx(np.array(sorted(wanted)))
 
 
 def test_a_linkage_that_does_not_fit_is_left_out():
@@ -221,6 +225,16 @@ def test_hostile_names_make_no_element(text):
     made = [tag for tag, _ in Elements(text).found]
     assert not {"img", "a", "iframe", "object", "u"} & set(made)
     assert made.count("script") == 5
+
+
+def test_the_asked_for_model_stands_on_top():
+    whole = cluster_result(12)
+    child = whole.merges[0].child
+    text = build(to_json(replace(whole, added=child)))
+    data = payload(text)
+    assert data["nodes"][data["chosen"]][0] == child
+    assert f"<h1>{child}: {formula(whole.merges[0])}.</h1>" in text
+    assert answer(whole) in text
 
 
 def test_what_was_not_kept_is_said():
