@@ -181,7 +181,7 @@ def _edges(tree: Tree, names: Sequence[str]) -> list[Edge]:
                 link.weight,
                 link.low,
                 link.high,
-                link.directed,
+                bool(link.directed),
                 round(link.confidence, 4),
                 link.evidence,
                 distance=float(relative[a, b]),
