@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import defaultdict
 from collections.abc import Callable
 
 from lineage.cluster_result import ClusterResult, Edge
@@ -107,19 +108,20 @@ def _cell(value: object) -> object:
 def model_cards(result: ClusterResult) -> str:
     """One YAML document per model with known parents: the front matter of its card. A name in quotes is JSON, which
     YAML reads as it is."""
-    return "".join(_card(m.name, result) for m in result.models if _parents(m.name, result))
+    origins = _origins(result)
+    return "".join(_card(m.name, origins[m.name]) for m in result.models if m.name in origins)
 
 
-def _parents(child: str, result: ClusterResult) -> list[Edge]:
-    """The directed edges to a child from models at hand; the components swapped into it are no base."""
-    here = {m.name for m in result.models}
-    return [
-        e for e in result.edges if e.child == child and e.directed and e.parent in here and e.relation != "component"
-    ]
+def _origins(result: ClusterResult) -> dict[str, list[Edge]]:
+    """Child -> directed edges from models at hand; the components swapped into it are no base."""
+    here, found = {m.name for m in result.models}, defaultdict(list)
+    for e in result.edges:
+        if e.directed and e.parent in here and e.relation != "component":
+            found[e.child].append(e)
+    return found
 
 
-def _card(name: str, result: ClusterResult) -> str:
-    edges = _parents(name, result)
+def _card(name: str, edges: list[Edge]) -> str:
     lines = [f"--- # {legible(name)}", "base_model:"]
     lines += [f"- {_quoted(parent)}" for parent in dict.fromkeys(e.parent for e in edges)]
     relation = _hub_relation(edges)

@@ -2,7 +2,7 @@
 // The family tree: rows from what is unfolded, lines and boxes as SVG, search, and the evidence beside it.
 const Forest = (() => {
   const { data, byId, make, number, percent } = Page;
-  const [COLUMN, WIDTH, HEIGHT, ROW, PAD] = [206, 150, 24, 31, 10];
+  const [COLUMN, WIDTH, HEIGHT, ROW, PAD] = [212, 142, 24, 31, 10];
   const GAP = COLUMN - WIDTH - 3;
   const START_ROWS = 70;
   const READABLE = 0.8; // a smaller picture is scrolled instead
@@ -55,7 +55,7 @@ const Forest = (() => {
   }
 
   // -- drawing
-  const short = (name, limit = 19) => (name.length <= limit ? name : name.slice(0, limit / 3) + "…" + name.slice(-Math.floor((2 * limit) / 3)));
+  const short = (name, limit = 18) => (name.length <= limit ? name : name.slice(0, limit / 3) + "…" + name.slice(-Math.floor((2 * limit) / 3)));
 
   // From the right of a box to the left of another; a long way runs between two rows, so that few boxes are crossed.
   function curve(from, to) {

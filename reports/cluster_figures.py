@@ -12,6 +12,7 @@ from reports.merge_page import block_order
 from reports.page import plot_text, visible
 
 COLOURS = 10
+PAIRS = 25_000  # more make the page slow to open
 NEVER_ZERO = 1e-7  # distances of copies, on a logarithmic scale
 Linkage = Sequence[tuple[float, float, float, float]]
 
@@ -110,15 +111,18 @@ def _fits(linkage: Linkage, n: int) -> bool:
 
 
 def block_data(result: ClusterResult) -> dict[str, Any]:
-    """Names in the result's order, blocks in model order, and per pair [a, b, distance of each block]."""
+    """Names in the result's order, blocks in model order, and per pair [a, b, distance of each block]; of very many
+    pairs only those of parent and child."""
     found = result.block_similarity
-    names = result.distances.models or sorted({name for p in found.pairs for name in (p.a, p.b)})
+    linked = {frozenset((e.parent, e.child)) for e in result.edges}
+    pairs = [p for p in found.pairs if len(found.pairs) <= PAIRS or {p.a, p.b} in linked]
+    names = result.distances.models or sorted({name for p in pairs for name in (p.a, p.b)})
     index = {name: i for i, name in enumerate(names)}
     kept = sorted(range(len(found.blocks)), key=lambda i: block_order(found.blocks[i]))
     return {
         "names": [visible(n) for n in names],
         "blocks": [visible(found.blocks[i]) for i in kept],
-        "pairs": [[index[p.a], index[p.b], *(_cut(p.values[i]) for i in kept)] for p in found.pairs],
+        "pairs": [[index[p.a], index[p.b], *(_cut(p.values[i]) for i in kept)] for p in pairs],
     }
 
 

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lineage.cluster_result import ClusterResult, Edge
+from lineage.extract_result import AdapterResult
+from reports.adapter_page import answer as adapter_answer
 from reports.cluster_words import added, answer, edge_words, formula
 from reports.forest import forest
 from reports.records import restore
@@ -177,19 +179,46 @@ def _cluster_tree(found: ClusterResult, verbosity: int) -> Table:
     shown = nodes if verbosity > 0 else nodes[:MODELS_SHOWN]
     title = f"{len(shown)} of {len(nodes)} models, -v shows all" if len(shown) < len(nodes) else ""
     made = table("model", "origin", ">confidence", title=title)
-    depth = [0] * len(nodes)
+    depth, into = [0] * len(nodes), {}
+    for e in found.edges:
+        into.setdefault(e.child, []).append(e)
+    merges = {m.child: formula(m) for m in found.merges}
     for i, node in enumerate(shown):
         depth[i] = depth[node.parent] + 1 if node.parent >= 0 else 0
-        edges = [e for e in found.edges if e.child == node.name]
-        origin = _origin(found, node.name, edges)
+        edges = into.get(node.name, [])
+        origin = _origin(merges.get(node.name), edges)
         sure = percent(min(e.confidence for e in edges)) if edges else ""
         made.add_row(plain(f"{'  ' * depth[i]}{node.name}"), plain(origin), sure)
     return made
 
 
-def _origin(found: ClusterResult, name: str, edges: list[Edge]) -> str:
-    merges = [formula(m) for m in found.merges if m.child == name]
-    return "; ".join([*merges, *(edge_words(e) for e in edges if not (merges and e.relation == "merge"))])
+def _origin(merge: str | None, edges: list[Edge]) -> str:
+    rest = [edge_words(e) for e in edges if merge is None or e.relation != "merge"]
+    return "; ".join([merge, *rest] if merge else rest)
 
 
-TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {"svd": svd, "merge": merge, "cluster": cluster}
+def adapter(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table]:
+    """What the new adapter holds, the modules that lost most, and what was left out, by reason."""
+    found = restore(AdapterResult, result)
+    yield plain(adapter_answer(found))
+    layers = sorted(found.layers, key=lambda x: -x.error * x.frobenius)
+    shown = layers if verbosity > 0 else layers[:LAYERS_SHOWN]
+    made = table("module", ">shape", ">rank", ">error", title=f"{len(shown)} of {len(layers)} modules, most lost first")
+    for layer in shown:
+        shape = "x".join(map(str, layer.shape))
+        made.add_row(plain(layer.module), shape, number(layer.rank), percent(layer.error))
+    yield made
+    reasons: dict[str, list[float | None]] = {}
+    for x in found.left_out:
+        reasons.setdefault(x.reason, []).append(x.share)
+    for reason, shares in reasons.items():
+        known = sum(s for s in shares if s is not None)
+        yield plain(f"left out: {count(len(shares), 'parameter')}, {percent(known)} of the squared change: {reason}")
+
+
+TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {
+    "svd": svd,
+    "merge": merge,
+    "cluster": cluster,
+    "adapter": adapter,
+}

@@ -199,6 +199,15 @@ def test_pairs_name_their_models(result):
         assert [v for v in values if v is not None] == pytest.approx([v for v in wanted if v is not None], rel=1e-2)
 
 
+def test_of_very_many_pairs_those_of_relatives_are_kept(monkeypatch):
+    whole = cluster_result(12)
+    monkeypatch.setattr("reports.cluster_figures.PAIRS", 10)
+    found = block_data(whole)
+    kept = {frozenset(found["names"][i] for i in (a, b)) for a, b, *_ in found["pairs"]}
+    models = {m.name for m in whole.models}
+    assert kept == {pair for e in whole.edges if (pair := frozenset((e.parent, e.child))) <= models}
+
+
 def test_stacked_bars_hold_every_coefficient():
     found = [merge(("A", 0.7), ("B", 0.3)), merge(("A", 1.0), ("B", 0.5), ("<b>", -0.5)), merge(("A", None))]
     data = merge_bars(found, {"A": 0, "B": 11})["data"]
