@@ -19,10 +19,11 @@ from lineage.cache import Cache
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.delta import pick_device
 from lineage.errors import LineageError
-from lineage.fingerprint import Fingerprint, fingerprint, parts
+from lineage.fingerprint import Fingerprint, fingerprint
 from lineage.gram import Gram, facts, shared, sketch_gram
 from lineage.moments import tame
 from lineage.raw import SafetensorsRaw
+from lineage.reading import leaves
 from lineage.spectrum import exact_float32
 from lineage.streaming import FileReader
 
@@ -96,7 +97,7 @@ class _Member:
         stack.callback(checkpoint.close)
         self._checkpoint, self.specs = checkpoint, checkpoint.specs
         self._readers: dict[str, tuple[FileReader, str]] = {}
-        for prefix, raw in parts(checkpoint.raw):
+        for prefix, raw in leaves(checkpoint.raw):
             if isinstance(raw, SafetensorsRaw):
                 reader = FileReader(raw.path, {name: (s.offset or 0, s.dtype) for name, s in raw.specs.items()})
                 stack.callback(reader.close)

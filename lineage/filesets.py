@@ -92,28 +92,26 @@ def _is_one(files: Sequence[Path]) -> bool:
 def _loose(files: Sequence[Path]) -> Iterator[Fileset]:
     """Shard sets as one, every other file for itself. A card beside a lone model is that model's."""
     left = dict.fromkeys(files)
-    sets = [[index, *_shards(index, left)] for index in files if is_index(index)]
-    for index, *shards in sets:
-        for shard in shards:
-            left.pop(shard, None)
-        left.pop(index, None)
+    sets = [[index, *(f for f in shards(index) if f in left)] for index in files if is_index(index)]
+    for part in (part for parts in sets for part in parts):
+        left.pop(part, None)
     alone = len(sets) + sum(map(is_weights, left)) == 1
     card = _card(files) if alone else None
     taken = set[Path]()
-    for index, *shards in sets:
-        yield Fileset(index, 1 + len(set(shards) - taken), card)
-        taken |= set(shards)
+    for index, *own in sets:
+        yield Fileset(index, 1 + len(set(own) - taken), card)
+        taken |= set(own)
     yield from (Fileset(f, 1, card if is_weights(f) else None) for f in left)
 
 
-def _shards(index: Path, there: dict[Path, None]) -> list[Path]:
-    """The files that an index names and that lie beside it."""
+def shards(index: Path) -> list[Path]:
+    """The files that an index of shards names and that lie beside it."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
     paths = [index.parent / n for n in names if isinstance(n, str) and stays_inside(n)]
-    return sorted(p for p in paths if p in there and not is_index(p))
+    return sorted(p for p in paths if p.is_file() and not is_index(p))
 
 
 def _card(files: Sequence[Path]) -> Path | None:

@@ -11,26 +11,23 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lineage.cache import Cache, State, cached_sha256, state_of
+from lineage.cache import Cache
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.engines import in_parallel
 from lineage.errors import FileError, LineageError
-from lineage.hashing import size
 from lineage.keys import Param
-from lineage.moments import PART, Tally, tame
-from lineage.raw import Joined
+from lineage.moments import Tally, tame
+from lineage.reading import Reading, content_hash, files_of
 from lineage.sketch import LEAST, SLOTS, Hash, allocate
 
 Progress = Callable[[int, int, str], None]
@@ -155,8 +152,8 @@ def block_of(specs: Mapping[str, Param]) -> Callable[[Param], str]:
 
 def _known(path: Path, cache: Cache) -> str | None:
     """The content's hash, if every file is as it was at the last run."""
-    files = [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
-    return cached_sha256(path, cache) if files and all(cache.known(f) for f in files) else None
+    files = files_of(path) if path.exists() else []
+    return content_hash(path, cache) if files and all(cache.known(f) for f in files) else None
 
 
 def _read(checkpoint: Checkpoint, cache: Cache, seed: int, progress: Progress | None) -> Fingerprint:
@@ -167,23 +164,21 @@ def _read(checkpoint: Checkpoint, cache: Cache, seed: int, progress: Progress | 
     own = block_of(checkpoint.specs)
     prints: list[TensorPrint] = []
     with ExitStack() as stack:
-        files = _Files(checkpoint, cache, stack)
+        reading = Reading(checkpoint, cache, stack)
         for i, param in enumerate(params, 1):
-            files.reach(param.stored)
             block = own(param)
-            entries = _flat(param.view(checkpoint.raw[param.stored]))
             weight = is_weight(param.component, param.dtype)
             hashed = partial(Hash, param.name, param.numel, width[block], seed) if weight else None
-            found, part = _print(param, block, entries, hashed)
+            found, part = _print(param, block, reading, hashed)
             prints.append(found)
             if weight:
                 sketch[block] += part
             if progress:
                 progress(i, len(params), param.name)
-        digest = files.finish()
+        digest = reading.finish()
     return Fingerprint(
         sha256=digest,
-        bytes=size(checkpoint.path),
+        bytes=sum(f.stat().st_size for f in files_of(checkpoint.path)),
         layout=checkpoint.layout,
         architecture=checkpoint.architecture,
         prediction_type=checkpoint.prediction_type,
@@ -194,18 +189,21 @@ def _read(checkpoint: Checkpoint, cache: Cache, seed: int, progress: Progress | 
     )
 
 
-def _print(param: Param, block: str, entries: Tensor, hashed: Callable[[], Hash] | None) -> tuple[TensorPrint, NDArray]:
+def _print(
+    param: Param, block: str, reading: Reading, hashed: Callable[[], Hash] | None
+) -> tuple[TensorPrint, NDArray]:
     """What one parameter's entries tell, and their sketch; a part at a time."""
-    digest, tally, sketch = hashlib.sha256(str(param.dtype).encode()), Tally(entries.dtype), hashed and hashed()
-    for part in entries.split(PART):
+    digest, sketch = hashlib.sha256(str(param.dtype).encode()), hashed() if hashed else None
+    tally = Tally(param.dtype.to_real())
+    for part in reading.parts(param):
         digest.update(zlib.crc32(part.view(torch.uint8).numpy().data).to_bytes(4, "little"))
         tally.add(part)
         if sketch:
             sketch.take(part)
     moments = tally.moments()
-    if hashed and sketch and moments.wild:
+    if hashed and moments.wild:
         sketch = hashed()
-        sketch.take(tame(entries))
+        sketch.take(tame(reading.entries(param)))
     digest.update(moments.values_hash.encode())
     found = TensorPrint(
         name=param.name,
@@ -218,12 +216,6 @@ def _print(param: Param, block: str, entries: Tensor, hashed: Callable[[], Hash]
         **vars(moments),
     )
     return found, sketch.sketch() if sketch else np.zeros(0)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """(n,) contiguous; a complex number is two entries."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.reshape(-1).contiguous()
 
 
 def _slots(specs: Mapping[str, Param]) -> Slots:
@@ -240,69 +232,6 @@ def _slots(specs: Mapping[str, Param]) -> Slots:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-class _Files:
-    """Hashes a model's files while their tensors are read: each file up to a tensor's end before that tensor is taken,
-    so that its bytes come from the disk once."""
-
-    def __init__(self, checkpoint: Checkpoint, cache: Cache, stack: ExitStack):
-        self._path, self._cache = checkpoint.path, cache
-        self._hashing: dict[Path, _Hashing] = {}
-        self._ends: dict[str, tuple[Path, int]] = {}
-        for prefix, raw in parts(checkpoint.raw):
-            self._hashing[raw.path] = stack.enter_context(_Hashing(raw.path))
-            for name, spec in raw.specs.items():
-                self._ends[prefix + name] = raw.path, (spec.offset or 0) + spec.nbytes
-
-    def reach(self, stored: str) -> None:
-        """Read on to the end of the tensor of this stored name."""
-        path, end = self._ends[stored]
-        self._hashing[path].reach(end)
-
-    def finish(self) -> str:
-        """sha256 of the whole; FileError where a file has changed."""
-        for path, hashing in self._hashing.items():
-            self._cache.remember(path, *hashing.finish())
-        lone = self._hashing.get(self._path)
-        return lone.finish()[1] if lone else cached_sha256(self._path, self._cache)
-
-
-def parts(raw: Any) -> Iterator[tuple[str, Any]]:
-    """(prefix, reader) of each file."""
-    if not isinstance(raw, Joined):
-        yield "", raw
-        return
-    for prefix, part in raw.named:
-        yield from ((prefix + inner, leaf) for inner, leaf in parts(part))
-
-
-class _Hashing:
-    """sha256 of a file that is read bit by bit; a context manager."""
-
-    def __init__(self, path: Path):
-        self._path, self._digest, self._at = path, hashlib.sha256(), 0
-        self._before: State = state_of(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._buffer = memoryview(bytearray(1 << 18))
-
-    def __enter__(self) -> _Hashing:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
-
-    def reach(self, end: int) -> None:
-        while self._at < end and (got := self._file.readinto(self._buffer[: end - self._at])):
-            self._digest.update(self._buffer[:got])
-            self._at += got
-
-    def finish(self) -> tuple[State, str]:
-        """The file's state and hash, once all of it is read."""
-        self.reach(self._before[0])
-        if state_of(self._path) != self._before or self._at != self._before[0]:
-            raise FileError(self._path, "changed while it was read.", "Run again when it is at rest.")
-        return self._before, self._digest.hexdigest()
 
 
 def _stored(found: Fingerprint) -> bytes:

@@ -1,5 +1,6 @@
 """One read of a file: statistics against numpy, hashes, the sketch's laws, and the cache."""
 
+import json
 import os
 import subprocess
 import sys
@@ -263,6 +264,22 @@ def test_a_copy_of_a_known_file_is_hashed_but_not_measured(tmp_path, monkeypatch
     cached_sha256(tmp_path / "copy.safetensors")
     monkeypatch.setattr(module, "open_checkpoint", None)
     assert fingerprint(tmp_path / "copy.safetensors").sha256 == first.sha256
+
+
+def test_shards_count_not_their_index_alone(tmp_path):
+    """Two models with one and the same index of shards are two models."""
+    for folder, seed in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        whole = model(seed)
+        for i, name in enumerate(whole):
+            save(tmp_path / folder / f"{i}.safetensors", **{name: whole[name]})
+        index = json.dumps({"weight_map": {name: f"{i}.safetensors" for i, name in enumerate(whole)}})
+        (tmp_path / folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    a, b = (fingerprint(tmp_path / f / "model.safetensors.index.json") for f in "ab")
+    assert a.sha256 != b.sha256
+    assert a.bytes > sum(t.nbytes for t in model().values())
+    assert fingerprint(save(tmp_path / "one.safetensors", **model(2))).tensors == b.tensors
+    assert fingerprint(tmp_path / "b" / "model.safetensors.index.json").sha256 == b.sha256
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:]])
