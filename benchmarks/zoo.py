@@ -26,7 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zoo_plan import Spec, plan
 
-SIZES = {"tiny": (2, 3, 7), "dev": (4, 8, 1), "full": (52, 20, 2026)}  # roots, fine-tunes of each, seed
+SIZES = {
+    "tiny": (2, 3, 7),
+    "dev": (4, 8, 1),
+    "full": (32, 12, 2026),
+    "large": (100, 21, 2027),
+}  # roots, fine-tunes of each, seed
 OLD = 1_500_000_000  # every file's time
 
 
