@@ -288,6 +288,15 @@ def test_a_row_of_the_relations_shows_its_edge(visit, cluster_file):
     assert name(page) == visible(cluster_result(60, hostile=True).edges[7].child)
 
 
+def test_on_a_phone_a_model_opens_and_closes(visit, cluster_file):
+    page = visit(cluster_file, 390)
+    assert not page.locator("#detail").is_visible()
+    page.locator("svg.forest .node").last.click()
+    wait(page, "getComputedStyle(document.getElementById('detail')).visibility === 'visible'")
+    page.locator("#close").click()
+    wait(page, "getComputedStyle(document.getElementById('detail')).visibility === 'hidden'")
+
+
 def test_searching_finds_a_model_that_was_folded_away(visit, cluster_file):
     page = visit(cluster_file)
     page.locator("#fold").click()
