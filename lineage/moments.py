@@ -18,7 +18,7 @@ from torch import Tensor
 from lineage.rounding import ulp
 
 WILD = 2.0**60
-PART = 1 << 18  # entries counted at once: fewer, and clearing the counts costs more than counting
+PART = 1 << 19  # entries counted at once: fewer, and clearing the counts costs more than counting
 FEW = 1 << 12  # entries below which they are looked up, not counted
 _LANES = ((0x9E3779B1, 0x85EBCA77), (0xC2B2AE3D, 0x27D4EB2F))  # odd numbers; two lanes make 64 bits against accidents
 _WIDE = np.uint64(0x9E3779B97F4A7C15)

@@ -28,7 +28,8 @@ def files_of(path: Path) -> list[Path]:
 
 
 def content_hash(path: Path, cache: Cache) -> str:
-    """sha256 of a model, as hashing.sha256 has it; of an index of shards: of the lines "<sha256>  <name>" of its files."""
+    """sha256 of a model: as hashing.sha256 has it; of an index of shards, of the lines "<sha256>  <name>" of the index
+    and its shards."""
     if not is_index(path):
         return cached_sha256(path, cache)
     lines = "".join(f"{cached_sha256(f, cache)}  {f.name}\n" for f in files_of(path))
