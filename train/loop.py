@@ -34,7 +34,7 @@ Progress = Callable[[int, int, str], None]
 @dataclass(frozen=True)
 class Record:
     """One optimiser step: its number (from 1) of how many, the mean loss of its pictures, the largest learning rate of
-    its groups, and how long it took."""
+    its groups (with what the optimiser found itself, where it does), and how long it took."""
 
     step: int
     of: int
@@ -135,7 +135,7 @@ class Training:
         optimizers.set_rates(self.optimizer, self.rates, factor)
         loss = self.descend(number)
         self.step = number
-        return Record(number, self.steps, loss, max(self.rates) * factor, time.perf_counter() - start)
+        return Record(number, self.steps, loss, optimizers.rate(self.optimizer), time.perf_counter() - start)
 
     def descend(self, number: int) -> float:
         """One step, with the randomness of step `number`, down the mean loss of its pictures, which is returned."""

@@ -87,6 +87,11 @@ def share(config: TrainingConfig, step: int, steps: int) -> float:
     return SCHEDULES[config.scheduler]((step - 1 - config.warmup) / max(1, steps - config.warmup))
 
 
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """The largest learning rate of the groups; one that is found is the factor times `d` (Defazio & Mishchenko 2023)."""
+    return max(float(group["lr"] * group.get("d", 1.0)) for group in optimizer.param_groups)
+
+
 def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float) -> None:
     """Each group's learning rate becomes its own of `rates` times `factor`."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
