@@ -37,6 +37,10 @@ class DataPlan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.batches_per_epoch / self.accumulation)
 
+    @property
+    def epochs(self) -> float:
+        return self.steps * self.accumulation / self.batches_per_epoch
+
     def shown(self, regularisation: bool) -> int:
         """Pictures per epoch, repeats counted."""
         return sum(p.repeats for p in self.pictures if p.regularisation is regularisation)
@@ -66,14 +70,15 @@ class DataPlan:
             "ss_num_train_images": self.shown(False),
             "ss_num_reg_images": self.shown(True),
             "ss_num_batches_per_epoch": self.batches_per_epoch,
-            "ss_num_epochs": math.ceil(self.steps / self.steps_per_epoch),
+            "ss_num_epochs": math.ceil(self.epochs),
             "ss_max_train_steps": self.steps,
-            "ss_dataset_dirs": self._folders(False),
-            "ss_reg_dataset_dirs": self._folders(True),
+            "ss_dataset_dirs": self.folders(False),
+            "ss_reg_dataset_dirs": self.folders(True),
             "ss_tag_frequency": self._tag_frequency,
         }
 
-    def _folders(self, regularisation: bool) -> dict[str, dict[str, int]]:
+    def folders(self, regularisation: bool) -> dict[str, dict[str, int]]:
+        """Name -> {"n_repeats", "img_count"}."""
         chosen = [p for p in self.pictures if p.regularisation is regularisation]
         sizes = _counted((p.folder, 1) for p in chosen)
         return {p.folder: {"n_repeats": p.repeats, "img_count": sizes[p.folder]} for p in chosen}

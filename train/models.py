@@ -171,6 +171,24 @@ def open_base(config: ModelConfig, *, device: str | torch.device = "cpu", precis
     return Base(config.base, architecture, parts["unet"], parts["vae"], encoders, tokenizers, schedule, precision)
 
 
+def skeleton(config: ModelConfig, precision: str = "fp32") -> tuple[str, dict[str, Any]]:
+    """(architecture, part -> module) of the model at config.base, with shapes and dtypes as `open_base` gives them and
+    values that mean nothing. LineageError where it is no model to be trained."""
+    folders = _folders(config)
+    with open_checkpoint(config.base) as checkpoint:
+        architecture = _architecture(checkpoint)
+    parts: dict[str, Any] = {}
+    for part in PARTS[architecture]:
+        with quiet(), torch.device("meta"):
+            module = BUILDERS[part](architectures.configuration(part, architecture, folders)[0])
+        dtype = torch.float32 if part == "vae" else DTYPES[precision]
+        state = {name: torch.empty(t.shape, dtype=dtype) for name, t in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+        _fill_positions(module, "cpu")
+        parts[part] = module.requires_grad_(False).eval()
+    return architecture, parts
+
+
 def _folders(config: ModelConfig) -> list[Path]:
     """Where configurations may lie: as named, in the base itself, or in `config` beside a single file."""
     found = [config.config, config.base, config.base.parent / "config"]
