@@ -1,7 +1,7 @@
 """A zoo of small networks with known lineage, and how well `lineage cluster` and its rivals read it.
 
     python benchmarks/zoo.py make [--size dev|full] [--plain]       trains; kill it at any time and run it again
-    python benchmarks/zoo.py score [--size dev|full] [-o docs/cluster_benchmark.md]
+    python benchmarks/zoo.py score [--size dev|full] [-o docs/cluster_benchmark.md] [--half tune] [--failures FILE]
 
 Networks lie in benchmarks/data/zoo-SIZE/{tune,report}, what was taken out of those folders in .../removed, and all that
 is true of them in truth.json. sd-mecha and mergekit make some of the merges (`--plain`: all by the plain script).
@@ -10,21 +10,31 @@ is true of them in truth.json. sd-mecha and mergekit make some of the merges (`-
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import zoo_derive
 import zoo_merges
+import zoo_page
 import zoo_train
+import zoo_truth
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from zoo_answers import ours, retold, theirs
+from zoo_baselines import BASELINES
 from zoo_plan import Spec, plan
+from zoo_score import Answer, judge
+
+from lineage.ancestry import SOURCES
 
 SIZES = {
     "tiny": (2, 3, 7),
@@ -129,17 +139,74 @@ def build(options: argparse.Namespace) -> None:
     print(f"\n{len(specs)} networks in {options.zoo}", file=sys.stderr)
 
 
+def write_failures(options: argparse.Namespace) -> None:
+    truth, folder = zoo_truth.read(options.zoo, options.half), options.zoo / options.half
+    judged = judge(truth, ours(folder, options.zoo / "cache"))
+
+    @cache
+    def load(name: str) -> dict[str, Tensor]:
+        return load_file(folder / f"{name}.safetensors")
+
+    text = zoo_page.failures(judged, lambda a, b: moved(load(a), load(b))[0])
+    options.failures.write_text(text, encoding="utf-8")
+
+
+def document(options: argparse.Namespace) -> str:
+    """The page: everything is run anew."""
+    truth, folder = zoo_truth.read(options.zoo, options.half), options.zoo / options.half
+    kept = options.zoo / "cache"
+    ask = partial(ours, folder, kept)
+    ours(folder, kept)  # so that no run below is slower for filling the cache
+    answer = ask()
+    say("lineage")
+    rivals = [theirs(m, folder, truth) for m in BASELINES if not say(m)]
+    without = {"nothing": answer} | {s: ask(ignore=(s,)) for s in SOURCES if not say(f"without {s}")}
+    without["biases and decay"] = ask(ignore=("biases", "decay"))
+    others = {
+        "sketches only": ask(sketch=True),
+        "other names and order": renamed(folder, options.zoo / "renamed", truth),
+    }
+    command = f"python benchmarks/zoo.py score --size {options.size}"
+    return zoo_page.page(command, truth, answer, rivals, without, others)
+
+
+def renamed(folder: Path, copy: Path, truth: zoo_truth.Truth) -> Answer:
+    """The answer about the same files under other names, told in the old ones."""
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    old = {f"{hash_of(p.stem)}": p.stem for p in sorted(folder.glob("*.safetensors"))}
+    for new, name in old.items():
+        shutil.copy(folder / f"{name}.safetensors", copy / f"{new}.safetensors")
+    return retold(ours(copy, copy / "cache"), old)
+
+
+def hash_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("make", "score"))
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--roots", type=int, help="fewer trees than the size has")
     parser.add_argument("--plain", action="store_true", help="make all merges by the plain script")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help="the page; else it is printed")
+    parser.add_argument("--half", choices=("tune", "report"), default="report")
+    parser.add_argument("--failures", type=Path, help="write every wrong edge here, and nothing else")
     options = parser.parse_args()
     options.zoo = zoo_train.DATA / f"zoo-{options.size}"
     torch.set_num_threads(1)
-    build(options)
+    if options.verb == "make":
+        build(options)
+    elif options.failures:
+        write_failures(options)
+    else:
+        text = document(options)
+        options.output.write_text(text, encoding="utf-8") if options.output else print(text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -45,6 +46,19 @@ def of_result(found: ClusterResult, seconds: float = 0.0) -> Answer:
     }
     tree = {m.name: m.root or m.name for m in found.models}
     return Answer("lineage", claims, tree, merges, frozenset(r.name for r in found.roots), seconds)
+
+
+def retold(answer: Answer, names: Mapping[str, str]) -> Answer:
+    """The same answer in other names."""
+    return Answer(
+        answer.method,
+        [replace(c, parent=names[c.parent], child=names[c.child]) for c in answer.claims],
+        {names[n]: t for n, t in answer.tree.items()},
+        {names[c]: MergeClaim({names[p]: w for p, w in m.parents.items()}, m.unseen)
+         for c, m in answer.merges.items()},
+        frozenset(names[r] for r in answer.roots if r in names),
+        answer.seconds,
+    )  # fmt: skip
 
 
 def theirs(method: str, folder: Path, truth: Truth) -> Answer:

@@ -1,4 +1,4 @@
-"""Rivals of `lineage cluster`, written anew from their papers' descriptions; where we had to choose, the docstring says.
+"""Rivals of `lineage cluster`, written anew from their papers' descriptions; docstrings say where we had to choose.
 
 All see the same files, those of one architecture at a time. The number of trees is given to each of them.
 """
