@@ -1,12 +1,12 @@
 """A LoHa step (forward and backward) beside lycoris-lora and peft: same base, batch and targets, all in one run.
 
-    python benchmarks/lora_step.py [--only tiny,blocks,unet,cuda] [--seconds 8]
+    python benchmarks/lora_step.py [--only tiny,blocks,unet,cuda] [--seconds 8] [--no-onednn]
 
 `base` is forward + backward to latents and text states with all weights frozen; the others add LoHa of dim 8 (linear)
 and 4 (kernels) to the same layers. Times are the least of interleaved rounds; memory is the peak of what one step
 allocates beside the models, by torch's own account of every allocation. Blocks are SD1.5's at the shapes of 64x64
-latents, batch 1, float32; the tiny UNet is train.pipeline's, batch 8. On CUDA: float16 weights under autocast, and peak
-memory includes them.
+latents, batch 1, float32; the tiny UNet is train.pipeline's, at the batch it is trained with. On CUDA: float16 weights
+under autocast, and peak memory includes them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from train import pipeline
+from train import factored, pipeline
 from train.architectures import PUBLISHED
 from train.config import NetworkConfig
+from train.fit import Plan
 from train.networks import Network
 from train.targets import Target, targets
 
@@ -181,10 +182,10 @@ def random(*shape: int, device: str = "cpu") -> Tensor:
 
 
 def tiny() -> Iterator[Case]:
-    size = pipeline.Size()
-    inputs = {"sample": random(8, 4, 16, 16), "timestep": torch.arange(8) * 100}
-    words = {"encoder_hidden_states": random(8, 77, size.text)}
-    yield Case("tiny UNet, batch 8", lambda: Part(pipeline._unet(diffusers, size)), inputs | words)
+    size, batch = pipeline.Size(), Plan(steps=1, lr=1).batch
+    inputs = {"sample": random(batch, 4, 16, 16), "timestep": torch.arange(batch)}
+    words = {"encoder_hidden_states": random(batch, 77, size.text)}
+    yield Case(f"tiny UNet, batch {batch}", lambda: Part(pipeline._unet(diffusers, size)), inputs | words)
 
 
 def blocks() -> Iterator[Case]:
@@ -236,12 +237,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="tiny,blocks,unet,cuda")
     parser.add_argument("--seconds", type=float, default=8, help="for each of the small cases")
+    parser.add_argument("--no-onednn", action="store_true", help="ours with torch's choice of matrix products")
     options = parser.parse_args()
+    factored.ONEDNN = factored.ONEDNN and not options.no_onednn
     only = options.only.split(",")
     head = [f"{name} ms" for name in CONTESTANTS] + ["ours / base", "lycoris / ours", "peft / ours"]
     head += [f"{name} MiB" for name in CONTESTANTS]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| case | " + " | ".join(head) + " |\n|---" * 1 + "|---" * len(head) + "|", flush=True)
+    print("| case | " + " | ".join(head) + " |\n|---" + "|---" * len(head) + "|", flush=True)
     for case in [*(tiny() if "tiny" in only else ()), *(blocks() if "blocks" in only else ())]:
         show(case.name, compare(case, options.seconds))
     if "unet" in only and psutil.virtual_memory().available > UNET_GIB * GIB:

@@ -16,6 +16,7 @@ would round a small delta away, so there `built` applies delta to x beside W.
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,11 +28,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Form: TypeAlias = Literal["apart", "merged", "built"]
-Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 
 MERGEABLE = (torch.float32, torch.float64)
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_FROM = 2**20  # multiply-adds, under which its start costs more than it saves
 HALF_SHIFT = 16.0  # moved from right to left in float16, where a left factor of a young network would be subnormal
+START = 2**23  # operations in the time that the calls for Khatri-Rao factors and their gradients take
 TOUCH = 16  # operations in the time that one entry of a matrix in memory is read or written
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (m, k) @ b (k, n) + bias (n,). Large float32 products on an x86 processor go through oneDNN, as torch's own
+    convolutions do: MKL, which torch takes for matrices, is half as fast on AMD and no faster on Intel."""
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_FROM
+    if ONEDNN and large and a.dtype == torch.float32 and a.device.type == "cpu":
+        return torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], "")
+    return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
 class LinearOp:
@@ -41,24 +53,24 @@ class LinearOp:
         return x.numel() // x.shape[-1]
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight, bias)
+        return product(x.flatten(0, -2), weight.mT, bias).view(*x.shape[:-1], -1)
 
     def mix(self, z: Tensor, u: Tensor) -> Tensor:
         """(..., R) -> (..., out) by u (R, out)."""
-        return z @ u
+        return self(z, u.mT)
 
     def add_mix(self, y: Tensor, z: Tensor, u: Tensor) -> Tensor:
         y.view(-1, y.shape[-1]).addmm_(z.view(-1, z.shape[-1]), u)
         return y
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        return g @ weight
+        return self(g, weight.mT)
 
     def weight_grad(self, g: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
-        return g.flatten(0, -2).mT @ x.flatten(0, -2)
+        return product(g.flatten(0, -2).mT, x.flatten(0, -2))
 
     def mix_grad(self, z: Tensor, g: Tensor) -> Tensor:
-        return z.flatten(0, -2).mT @ g.flatten(0, -2)
+        return self.weight_grad(z, g, ())
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ def costs(positions: int, shape: Sequence[int], rank: int, pairs: int, mergeable
     """Operations that each form adds to the frozen layer with a weight of `shape`, forward and backward."""
     out, columns = shape[0], math.prod(shape[1:])
     entries, wide = out * columns, rank**pairs
-    expanding = 8 * TOUCH * wide * (out + columns) if pairs == 2 else 0
+    expanding = 8 * TOUCH * wide * (out + columns) + START if pairs == 2 else 0
     narrow = positions * wide * (out + columns)
     building = (16 * rank if pairs == 2 else 8 * rank) * entries + 12 * TOUCH * entries
     found: dict[Form, float] = {
@@ -157,20 +169,17 @@ class _Call:
     mergeable: bool
     alone: bool
 
-    def merged(self, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        return torch.addmm(weight.flatten(1).to(v.dtype), u.mT, v).view(weight.shape)
-
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         ctx.call, z = call, None
         with _as_written(x):
-            pairs = _pairs(factors, call.scale, x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
             if call.form == "built":
-                y = _built(call, x, weight, bias, pairs)
+                y = _built(call, x, weight, bias, factors)
             else:
-                y, z = _factored(call, x, weight, bias, pairs)
+                y, z = _factored(call, x, weight, bias, factors)
         ctx.save_for_backward(x, weight, z, *factors)
         return y
 
@@ -178,13 +187,9 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight, z, *factors = ctx.saved_tensors
-        call, wanted = ctx.call, ctx.needs_input_grad[1]
+        back = _built_backward if ctx.call.form == "built" else _factored_backward
         with _as_written(g):
-            pairs = _pairs(factors, call.scale, x.dtype)
-            back = _built_backward if call.form == "built" else _factored_backward
-            dx, grads = back(call, g, x, weight, z, pairs, wanted)
-            up, down = _shifts(call.scale, x.dtype)
-            grads[0], grads[1] = grads[0] if up == 1 else grads[0] * up, grads[1].mul_(down)
+            dx, grads = back(ctx.call, g, x, weight, z, factors, ctx.needs_input_grad[1])
         return None, dx, None, None, *grads
 
 
@@ -194,99 +199,114 @@ def _as_written(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def _factored(
+    call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    u, v = _expanded(factors, call.scale, x.dtype)
+    if call.form == "merged":
+        return call.op(x, _merged(weight, u, v), bias), None
+    z = call.op(x, v.view(-1, *weight.shape[1:]))
+    if call.alone:
+        return call.op.mix(z, u), z
+    return call.op.add_mix(call.op(x, weight.to(x.dtype), bias), z, u), z
+
+
+def _factored_backward(
+    call: _Call, g: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, factors: Sequence[Tensor], wanted: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    u, v = _expanded(factors, call.scale, x.dtype)
+    kernels = v.view(-1, *weight.shape[1:])
+    w, dx = call.op.mix(g, u.mT), None
+    if wanted and call.form == "merged":
+        dx = call.op.input_grad(g, _merged(weight, u, v), x)
+    elif wanted:
+        dx = call.op.input_grad(w, kernels, x)
+        dx = dx if call.alone else dx.add_(call.op.input_grad(g, weight.to(x.dtype), x))
+    du = call.op.mix_grad(call.op(x, kernels) if z is None else z, g)
+    dv = call.op.weight_grad(w, x, weight.shape).flatten(1)
+    return dx, _expanded_backward(factors, call.scale, du, dv)
+
+
+def _merged(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return torch.addmm(weight.flatten(1).to(v.dtype), u.mT, v).view(weight.shape)
+
+
 def _shifts(scale: float, dtype: torch.dtype) -> tuple[float, float]:
     """What the first left and the first right factor are multiplied by; together `scale`."""
     shift = HALF_SHIFT if dtype == torch.float16 else 1.0
     return shift, scale / shift
 
 
-def _pairs(factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Pairs:
-    """(left^T (r, out), right (r, columns)) per pair, the first scaled; long sides are contiguous."""
-    lefts, rights = [left.mT.contiguous() for left in factors[::2]], list(factors[1::2])
+def _expanded(factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """u (R, out), v (R, columns) with u^T v = scale * delta: the factors themselves, or their Khatri-Rao products."""
     up, down = _shifts(scale, dtype)
-    lefts[0], rights[0] = lefts[0] if up == 1 else lefts[0] * up, rights[0] * down
-    return list(zip(lefts, rights, strict=True))
-
-
-def _khatri_rao(pairs: Pairs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """u (R, out), v (R, columns) with u^T v = delta."""
-    u, v = pairs[0]
-    if len(pairs) == 2:
-        u, v = ((a[:, None] * b).flatten(0, 1) for a, b in zip(*pairs, strict=True))
+    u, v = factors[0].mT if up == 1 else factors[0].mT * up, factors[1] * down
+    if len(factors) == 4:
+        u, v = _khatri_rao(u.contiguous(), factors[2].mT.contiguous()), _khatri_rao(v, factors[3])
     return u.to(dtype), v.to(dtype)
 
 
-def _khatri_rao_backward(pairs: Pairs, du: Tensor, dv: Tensor) -> list[Tensor]:
-    """Gradients of left1, right1, left2, right2 from those of u and v."""
-    du, dv = du.to(pairs[0][0].dtype), dv.to(pairs[0][1].dtype)
-    if len(pairs) == 1:
-        return [du.mT, dv]
-    first, second = [], []
-    for d, a, b in zip((du, dv), *pairs, strict=True):
-        d = d.view(len(a), len(b), -1)
-        first.append((d * b).sum(1))
-        second.append(d.mul_(a[:, None]).sum(0))
-    return [first[0].mT, first[1], second[0].mT, second[1]]
+def _expanded_backward(factors: Sequence[Tensor], scale: float, du: Tensor, dv: Tensor) -> list[Tensor]:
+    """Gradients of the factors from those of u and v."""
+    up, down = _shifts(scale, du.dtype)
+    du, dv = du.to(factors[0].dtype), dv.to(factors[1].dtype)
+    lefts, rights = [du], [dv]
+    if len(factors) == 4:
+        lefts = _khatri_rao_backward(du, factors[0].mT.contiguous(), factors[2].mT.contiguous(), up)
+        rights = _khatri_rao_backward(dv, factors[1], factors[3], down)
+    first = [lefts[0].mT if up == 1 else lefts[0].mT * up, rights[0].mul_(down)]
+    return [*first, *(d for d in (lefts[1].mT, rights[1]))] if len(factors) == 4 else first
 
 
-def _factored(
-    call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs
-) -> tuple[Tensor, Tensor | None]:
-    u, v = _khatri_rao(pairs, x.dtype)
-    if call.form == "merged":
-        return call.op(x, call.merged(weight, u, v), _as(bias, x)), None
-    z = call.op(x, v.view(-1, *weight.shape[1:]))
-    if call.alone:
-        return call.op.mix(z, u), z
-    return call.op.add_mix(call.op(x, weight.to(x.dtype), _as(bias, x)), z, u), z
+def _khatri_rao(a: Tensor, b: Tensor) -> Tensor:
+    """Column-wise Kronecker product of (r, n) and (s, n): (r * s, n)."""
+    return (a[:, None] * b).flatten(0, 1)
 
 
-def _factored_backward(
-    call: _Call, g: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, pairs: Pairs, wanted: bool
-) -> tuple[Tensor | None, list[Tensor]]:
-    u, v = _khatri_rao(pairs, x.dtype)
-    kernels = v.view(-1, *weight.shape[1:])
-    w, dx = call.op.mix(g, u.mT), None
-    if wanted and call.form == "merged":
-        dx = call.op.input_grad(g, call.merged(weight, u, v), x)
-    elif wanted:
-        dx = call.op.input_grad(w, kernels, x)
-        dx = dx if call.alone else dx.add_(call.op.input_grad(g, weight.to(x.dtype), x))
-    du = call.op.mix_grad(call.op(x, kernels) if z is None else z, g)
-    dv = call.op.weight_grad(w, x, weight.shape).flatten(1)
-    return dx, _khatri_rao_backward(pairs, du, dv)
+def _khatri_rao_backward(d: Tensor, a: Tensor, b: Tensor, scale: float) -> list[Tensor]:
+    """Gradients of a and, `a` having been scaled, of b; `d` is used up."""
+    d = d.view(len(a), len(b), -1)
+    return [(d * b).sum(1), d.mul_(a[:, None]).sum(0).mul_(scale)]
 
 
-def _built(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs) -> Tensor:
-    delta = _products(pairs)[0] if len(pairs) == 1 else torch.mul(*_products(pairs))
+def _built(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
+    products = _products(factors)
     if call.mergeable:
-        return call.op(x, delta.view(weight.shape).add_(weight), _as(bias, x))
-    y = call.op(x, delta.view(weight.shape).to(x.dtype))
-    return y if call.alone else y.add_(call.op(x, weight.to(x.dtype), _as(bias, x)))
+        return call.op(x, _sum(weight, products, call.scale), bias)
+    y = call.op(x, _delta(products, call.scale, weight, x))
+    return y if call.alone else y.add_(call.op(x, weight.to(x.dtype), bias))
 
 
 def _built_backward(
-    call: _Call, g: Tensor, x: Tensor, weight: Tensor, z: None, pairs: Pairs, wanted: bool
+    call: _Call, g: Tensor, x: Tensor, weight: Tensor, z: None, factors: Sequence[Tensor], wanted: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    products, dx = _products(pairs), None
-    if wanted:
-        delta = (products[0] * (products[1] if len(pairs) == 2 else 1)).view(weight.shape)
-        if call.mergeable:
-            dx = call.op.input_grad(g, delta.add_(weight), x)
-        else:
-            dx = call.op.input_grad(g, delta.to(x.dtype), x)
-            dx = dx if call.alone else dx.add_(call.op.input_grad(g, weight.to(x.dtype), x))
-    whole = call.op.weight_grad(g, x, weight.shape).flatten(1).to(products[0].dtype)
+    products, dx = _products(factors), None
+    if wanted and call.mergeable:
+        dx = call.op.input_grad(g, _sum(weight, products, call.scale), x)
+    elif wanted:
+        dx = call.op.input_grad(g, _delta(products, call.scale, weight, x), x)
+        dx = dx if call.alone else dx.add_(call.op.input_grad(g, weight.to(x.dtype), x))
+    whole = call.op.weight_grad(g, x, weight.shape).flatten(1).to(factors[0].dtype).mul_(call.scale)
     grads: list[Tensor] = []
-    for (left, right), other in zip(pairs, products[::-1] if len(pairs) == 2 else [None], strict=True):
-        d = whole if other is None else other.mul_(whole)
-        grads += [d @ right.mT, left @ d]
+    for i, (left, right) in enumerate(zip(factors[::2], factors[1::2], strict=True)):
+        d = products[1 - i].mul_(whole) if len(products) == 2 else whole
+        grads += [product(d, right.mT), product(left.mT, d)]
     return dx, grads
 
 
-def _products(pairs: Pairs) -> list[Tensor]:
-    return [left.mT @ right for left, right in pairs]
+def _products(factors: Sequence[Tensor]) -> list[Tensor]:
+    return [product(left, right) for left, right in zip(factors[::2], factors[1::2], strict=True)]
 
 
-def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
+def _sum(weight: Tensor, products: list[Tensor], scale: float) -> Tensor:
+    """weight + scale * delta, in the dtype of the factors."""
+    matrix = weight.flatten(1).to(products[0].dtype)
+    if len(products) == 1:
+        return torch.add(matrix, products[0], alpha=scale).view(weight.shape)
+    return torch.addcmul(matrix, *products, value=scale).view(weight.shape)
+
+
+def _delta(products: list[Tensor], scale: float, weight: Tensor, x: Tensor) -> Tensor:
+    """scale * delta in the dtype of x."""
+    delta = products[0] * scale if len(products) == 1 else torch.mul(*products).mul_(scale)
+    return delta.view(weight.shape).to(x.dtype)
