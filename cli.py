@@ -357,9 +357,10 @@ def resize(run: Run, adapter: Path, file: Path, **options):
 @click.argument("config", required=False, type=EXISTING)
 @click.option("--from-kohya", type=EXISTING, metavar="FILE", help="Print kohya's settings, or an adapter's, as ours.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Such as training.lr=5e-4; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done: steps, buckets, tags, memory.")
 @click.option("--find-lr", "find", is_flag=True, help="Sweep the learning rate instead, and suggest one.")
 @_options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, DEVICE)
-def train(run: Run, config: Path | None, from_kohya: Path | None, changes: Sequence[str], find: bool):
+def train(run: Run, config: Path | None, from_kohya: Path | None, changes: Sequence[str], dry_run: bool, find: bool):
     """Train a LoHa, LoCon or LoRA as CONFIG (TOML) says; -o names the run's folder.
 
     That folder is its own: the same call continues where it was stopped, or says that it is done.
@@ -370,7 +371,8 @@ def train(run: Run, config: Path | None, from_kohya: Path | None, changes: Seque
         if config is None:
             raise click.UsageError("Give CONFIG, or --from-kohya FILE to make one.")
         settings = _settings(run, config, changes)
-        _find_rate(run, settings) if find else _train(run, settings)
+        work = _forecast if dry_run else _find_rate if find else _train
+        work(run, settings)
 
 
 def _translate(run: Run, file: Path) -> None:
@@ -390,6 +392,16 @@ def _settings(run: Run, config: Path, changes: Sequence[str]) -> Any:
     if run.folder is not None:
         changes = [*changes, f"save.folder={json.dumps(str(run.folder.absolute()))}"]
     return Config.read(config, changes)
+
+
+def _forecast(run: Run, settings: Any) -> None:
+    from reports.tables import printable
+    from train import data, forecast
+
+    with run.progress() as progress:
+        plan = data.plan(settings, progress)
+    click.echo(printable(forecast.summary(settings, plan)))
+    click.echo(forecast.memory_line(forecast.memory(settings, plan)))
 
 
 def _find_rate(run: Run, settings: Any) -> None:
