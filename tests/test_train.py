@@ -455,6 +455,26 @@ def test_find_lr_writes_its_page_and_no_run(call, toml, tmp_path: Path, monkeypa
     assert "finds the learning rate itself" in err
 
 
+def test_a_dry_run_tells_and_writes_nothing(call, toml, tmp_path: Path):
+    code, out, _ = call("train", toml(), "--dry-run")
+    assert code == 0
+    assert "3 steps per epoch" in out
+    assert "plain" in out
+    assert "Memory" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_turns_into_settings_that_can_be_read(call, toml, tmp_path: Path):
+    assert call("train", toml(training__steps=1, save__name="named"), "--device", "cpu")[0] == 0
+    code, out, err = call("train", "--from-kohya", tmp_path / "run" / "named.safetensors")
+    assert code == 0
+    assert "Ignored: " in err
+    assert Config.parse(out, tmp_path).network == config(tmp_path).network
+    code, _, err = call("train")
+    assert code == 2
+    assert "--from-kohya" in err
+
+
 def test_the_lack_of_a_package_names_the_extra(call, toml, monkeypatch: pytest.MonkeyPatch):
     file = toml()
     monkeypatch.setitem(sys.modules, "diffusers.models.unets.unet_2d_condition", None)
