@@ -61,10 +61,10 @@ const Forest = (() => {
   function curve(from, to) {
     const [x0, y0, x1, y1] = [from.x + WIDTH, from.y + HEIGHT / 2, to.x - 3, to.y + HEIGHT / 2];
     if (x1 <= x0) return `M${x0} ${y0}C${x0 + 50} ${y0} ${x1 - 50} ${y1} ${x1} ${y1}`;
-    const [out, into] = [x0 + GAP, x1 - GAP];
-    if (into <= x0 + 1) return `M${x0} ${y0}C${(x0 + x1) / 2} ${y0} ${(x0 + x1) / 2} ${y1} ${x1} ${y1}`;
+    const [left, right] = [x0 + GAP, x1 - GAP];
+    if (right <= x0 + 1) return `M${x0} ${y0}C${(x0 + x1) / 2} ${y0} ${(x0 + x1) / 2} ${y1} ${x1} ${y1}`;
     const lane = y1 + (y0 < y1 ? -ROW / 2 : ROW / 2);
-    return `M${x0} ${y0}C${x0 + GAP / 2} ${y0} ${x0 + GAP / 2} ${lane} ${out} ${lane}H${into}C${into + GAP / 2} ${lane} ${into + GAP / 2} ${y1} ${x1} ${y1}`;
+    return `M${x0} ${y0}C${x0 + GAP / 2} ${y0} ${x0 + GAP / 2} ${lane} ${left} ${lane}H${right}C${right + GAP / 2} ${lane} ${right + GAP / 2} ${y1} ${x1} ${y1}`;
   }
 
   function line(edge) {

@@ -116,7 +116,8 @@ def block_data(result: ClusterResult) -> dict[str, Any]:
     found = result.block_similarity
     linked = {frozenset((e.parent, e.child)) for e in result.edges}
     pairs = [p for p in found.pairs if len(found.pairs) <= PAIRS or {p.a, p.b} in linked]
-    names = result.distances.models or sorted({name for p in pairs for name in (p.a, p.b)})
+    others = sorted({name for p in pairs for name in (p.a, p.b)})
+    names = list(dict.fromkeys([*result.distances.models, *others]))
     index = {name: i for i, name in enumerate(names)}
     kept = sorted(range(len(found.blocks)), key=lambda i: block_order(found.blocks[i]))
     return {

@@ -11,7 +11,7 @@
 
   function distance(a, b) {
     if (a === b) return 0;
-    const [i, j, n] = [Math.min(a, b), Math.max(a, b), names.length];
+    const [i, j, n] = [Math.min(a, b), Math.max(a, b), heat.order.length];
     return heat.values[n * i - (i * (i + 1)) / 2 + j - i - 1];
   }
 
