@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lineage.errors import LineageError
-from train import config
+from train import config, values
 from train.config import SECTIONS, Config, DataConfig, ModelConfig, NetworkConfig, TrainingConfig
 
 LEAST = '[model]\nbase = "b.safetensors"\n[data]\nfolder = "d"\n[training]\nsteps = 5\n'
@@ -65,15 +65,15 @@ VALUES = {
 FIXED = {"training.epochs": st.none(), "training.steps": st.just(7), "network.unet": st.just(True)}
 FIXED |= {"data.cache_text": st.just(False), "data.bucket_max": st.just(1024), "save.folder": VALUES["Path"]}
 FIXED |= {"sample.guidance": st.floats(1, 20), "data.trigger_words": st.just(("t",))}
-FIXED |= {name: st.sampled_from(["a word", "w-2"]) for name in config.NAMES}
+FIXED |= {name: st.sampled_from(["a word", "w-2"]) for name in values.NAMES}
 FIXED["network.pivotal"] = st.just(("new", "b"))
 
 
-def values(name: str, f) -> st.SearchStrategy:
+def any_of(name: str, f) -> st.SearchStrategy:
     where, kind = f"{name}.{f.name}", str(f.type).removesuffix(" | None")
     if where in FIXED:
         return FIXED[where]
-    strategy = st.sampled_from(config.CHOICES[where]) if where in config.CHOICES else VALUES[kind]
+    strategy = st.sampled_from(values.CHOICES[where]) if where in values.CHOICES else VALUES[kind]
     return strategy | st.none() if str(f.type).endswith("None") else strategy
 
 
@@ -81,7 +81,7 @@ def values(name: str, f) -> st.SearchStrategy:
 def configs(draw) -> Config:
     """Any setting at any value of its kind."""
     made = {
-        name: section(**{f.name: draw(values(name, f)) for f in fields(section)}) for name, section in SECTIONS.items()
+        name: section(**{f.name: draw(any_of(name, f)) for f in fields(section)}) for name, section in SECTIONS.items()
     }
     return Config(**made)  # pyright: ignore[reportArgumentType]
 
@@ -106,7 +106,7 @@ def test_every_rule_is_about_a_key():
     for name, section in SECTIONS.items():
         assert config.section_name(section) == name
     every = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)}
-    ruled = {*config.CHOICES, *config.SHARES, *config.LEAST, *config.POSITIVE, *config.NAMES}
+    ruled = {*values.CHOICES, *values.SHARES, *values.LEAST, *values.POSITIVE, *values.NAMES}
     assert ruled <= every
 
 
@@ -179,7 +179,7 @@ def test_settings_are_frozen_and_checked_wherever_they_come_from():
         replace(NetworkConfig(), dim=0)
 
 
-@given(st.integers(1, 128), st.integers(0, 128), st.floats(0.01, 64), st.sampled_from(config.CHOICES["network.algo"]))
+@given(st.integers(1, 128), st.integers(0, 128), st.floats(0.01, 64), st.sampled_from(values.CHOICES["network.algo"]))
 def test_derived_values_follow(dim, conv_dim, alpha, algo):
     network = NetworkConfig(dim=dim, conv_dim=conv_dim, alpha=alpha, conv_alpha=alpha, algo=algo)
     assert math.isclose(network.scale * dim, alpha)

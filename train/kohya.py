@@ -14,7 +14,7 @@ from typing import Any
 
 from lineage.checkpoint import open_checkpoint
 from lineage.errors import FileError, LineageError
-from train.config import GRID, SECTIONS, Config
+from train.config import SECTIONS, Config
 from train.kohya_keys import (
     ALGORITHMS,
     ALIASES,
@@ -27,6 +27,7 @@ from train.kohya_keys import (
     TOGETHER,
 )
 from train.kohya_values import READERS, SPOKEN, is_empty, is_off, literal, one_line
+from train.values import GRID
 
 LARGEST = 1 << 24
 STEPS = 1600
