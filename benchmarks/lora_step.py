@@ -86,9 +86,10 @@ def ours(model: Part) -> Added:
 
 
 def lycoris(model: Part) -> Added:
-    from lycoris.modules import LohaModule
+    import lycoris.modules
 
-    made = [LohaModule(t.name, t.module, 1.0, *rank_alpha(t)).to(t.module.weight.device) for t in targets(model, [])]
+    build: Any = lycoris.modules.LohaModule
+    made = [build(t.name, t.module, 1.0, *rank_alpha(t)).to(t.module.weight.device) for t in targets(model, [])]
     for module in made:
         module.apply_to()
     return [p for module in made for p in module.parameters()], lambda: [module.restore() for module in made]
@@ -168,7 +169,8 @@ def peak(run: Callable[[], None]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         run()
     held = most = 0
-    events = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
+    profiler: Any = watched.profiler
+    events = profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
