@@ -39,7 +39,7 @@ def rate_curve(result: RatesResult) -> Figure:
     return {
         "data": [{**line, "marker": {"color": "@signal", "size": 5}, "hovertemplate": "%{x:.2e}: %{y:.4f}"}],
         "layout": {
-            "xaxis": {"type": "log", "title": {"text": "learning rate"}, "exponentformat": "e"},
+            "xaxis": {"type": "log", "title": {"text": "learning rate"}, "exponentformat": "e", "dtick": 1},
             "yaxis": {"title": {"text": "loss"}, "range": [low - room, high + room]},
             "shapes": [_rule(rate) for rate, _ in marks],
             "annotations": [_note(rate, text) for rate, text in marks],
@@ -54,5 +54,5 @@ def _rule(rate: float) -> Figure:
 
 
 def _note(rate: float, text: str) -> Figure:
-    place = {"x": log10(rate), "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
+    place = {"x": log10(rate), "y": 0.02, "yref": "paper", "xanchor": "right", "xshift": -5, "showarrow": False}
     return {**place, "text": f"{text}: {rate:.1e}", "font": {"color": "@muted", "size": 12}}

@@ -26,7 +26,7 @@ from lineage.hashing import sha256
 from train.config import Config
 from train.data import Batch
 from train.kohya import from_kohya
-from train.loop import Record, Training, denoising_errors, train
+from train.loop import Record, Training, denoising_errors, randomness, train
 from train.models import Text
 from train.rate_sweep import find_lr
 from train.rates import RatePoint, rising, suggestion
@@ -213,6 +213,37 @@ def test_a_run_whose_base_or_pictures_changed_is_refused(part: str, tmp_path: Pa
         (tmp_path / "data" / "1_others" / "green.txt").write_text("another caption", encoding="utf-8")
     with pytest.raises(LineageError, match=f"The {part} changed since step 1"):
         finish(settings)
+
+
+def test_every_picture_of_every_step_has_its_own_noise():
+    drawn = {
+        (seed, step, picture): randomness(seed, step, picture, (4, 2, 2), 1000)
+        for seed, step, picture in itertools.product(range(2), range(3), range(4))
+    }
+    assert len({tuple(noise.flatten().tolist()) for _, noise in drawn.values()}) == len(drawn)
+    assert len({int(t) for t, _ in drawn.values()}) > len(drawn) // 2
+    for key, (t, noise) in drawn.items():
+        again = randomness(*key, (4, 2, 2), 1000)
+        assert int(again[0]) == int(t)
+        assert torch.equal(again[1], noise)
+
+
+def test_regularisation_weighs_as_much_as_it_is_told(tmp_path: Path):
+    run = started(tmp_path)
+    batch = run.batches()[0]
+    plain, weighed = (run.loss(replace(batch, weights=w), 1, 0) for w in (torch.ones(2), torch.tensor([1.0, 0.25])))
+    torch.testing.assert_close(weighed, plain * torch.tensor([1.0, 0.25]))
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = started(tmp_path, training__clip_grad=1e-3, training__optimizer="adamw")
+    seen = []
+    norm = torch.nn.utils.get_total_norm
+    monkeypatch.setattr(
+        run.optimizer, "step", lambda: seen.append(norm([p.grad for p in run.parameters if p.grad is not None]))
+    )
+    run.advance()
+    assert float(seen[0]) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_two_batches_of_two_are_one_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -84,7 +84,8 @@ def _answer(start: float, points: Sequence[RatePoint], found: float | None) -> s
     if found is None:
         return f"No rate up to {points[-1].lr:.1e} clearly lowered the loss of {start:.4g}." if points else "No step."
     lowest = min(points, key=lambda p: p.loss)
+    end = "where the sweep ended" if lowest is points[-1] else "and rises beyond"
     return (
         f"Try a learning rate of {found:.1e}: there the loss falls steepest. It is lowest at {lowest.lr:.1e} "
-        f"({lowest.loss:.4g}, from {start:.4g}); beyond that, steps do harm."
+        f"({lowest.loss:.4g}, from {start:.4g}), {end}."
     )
