@@ -1,5 +1,7 @@
 """Networks on Stable Diffusion: laws of their forward and backward pass, and their names against who loads them."""
 
+import copy
+import functools
 import math
 import re
 import warnings
@@ -48,10 +50,16 @@ def randomised(network: Network, seed: int = 0, deviation: float = 0.3) -> Netwo
     return network
 
 
-@pytest.fixture
-def parts() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
     torch.manual_seed(0)
-    return {c: m.eval() for c, m in stable_diffusion.tiny("sd1").items()}
+    made = stable_diffusion.tiny("sd1")
+    return {c: made[c].eval() for c in ("unet", "text_encoder")}
+
+
+@pytest.fixture
+def parts(built) -> dict[str, Any]:
+    return copy.deepcopy(built)
 
 
 def network(parts, config=KINDS["loha"], seed=0) -> Network:
@@ -458,10 +466,8 @@ def test_half_precision_models_train_under_autocast(parts, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lycoris_computes_the_same_from_our_tensors(kind):
+def test_lycoris_computes_the_same_from_our_tensors(parts, kind):
     modules = pytest.importorskip("lycoris.modules")
-    torch.manual_seed(0)
-    parts = stable_diffusion.tiny("sd1")
     trained = randomised(network(parts, KINDS[kind]))
     state = trained.tensors()
     wrap = modules.LohaModule if kind.startswith("loha") else modules.LoConModule
@@ -510,6 +516,7 @@ def test_peft_computes_the_same_after_renaming(parts, kind, config):
 # names
 
 
+@functools.cache
 def names(kind: str) -> tuple[list, dict]:
     parts = stable_diffusion.full(kind)
     encoders = [parts[c] for c in ("text_encoder", "text_encoder_2") if c in parts]
