@@ -156,11 +156,19 @@ def test_no_tokenizer_names_both_ways(tmp_path: Path, bases: dict[str, Path], mo
         file.unlink()
     (tmp_path / "base.safetensors").write_bytes(bases["sd1"].read_bytes())
     assert opened(tmp_path / "base.safetensors").tokens(["a cat"])[0][0, :3].tolist() == [49406, 320, 2368]
+    ends = {kind: [int(ids[0, -1]) for ids in filled(kind)] for kind in KINDS}
+    assert ends == {"sd1": [49407], "sd2": [0], "sdxl": [49407, 0]}  # as the published tokenizers fill up
     monkeypatch.setattr(architectures, "_built", lambda: None)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(LineageError, match=r"--config DIR.*hub"):
         opened(tmp_path / "base.safetensors")
+
+
+def filled(kind: str) -> list[torch.Tensor]:
+    """Token numbers by tokenizers that no folder brings."""
+    made = architectures.tokenizers(kind, [])
+    return [t(["a cat"], padding="max_length", max_length=77, return_tensors="pt").input_ids for t in made]
 
 
 @pytest.mark.parametrize("fault", ["lacks a tensor", "is an inpainting model", "is no model"])

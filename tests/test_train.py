@@ -50,9 +50,9 @@ def started(folder: Path, **changes: Any) -> Training:
     return Training(config(folder, **changes), CPU, None)
 
 
-def halves(batch: Batch) -> list[Batch]:
-    """A batch of four as two of two."""
-    cut = [slice(0, 2), slice(2, 4)]
+def parts(batch: Batch) -> list[Batch]:
+    """A batch of four as one of one and one of three."""
+    cut = [slice(0, 1), slice(1, 4)]
     return [Batch(batch.pictures[c], batch.flips[c], batch.captions[c], batch.weights[c]) for c in cut]
 
 
@@ -246,11 +246,11 @@ def test_gradients_are_clipped_to_the_norm(tmp_path: Path, monkeypatch: pytest.M
     assert float(seen[0]) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_two_batches_of_two_are_one_of_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_step_in_parts_is_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Training, "_move", lambda run: None)
     cut, uncut = (started(tmp_path, training__batch=4) for _ in "ab")
     batch = next(b for b in iter(lambda: uncut.batches()[0], None) if len(b) == 4)
-    losses = [run.descend(1) for run in (feeding(uncut, [batch]), feeding(cut, halves(batch)))]
+    losses = [run.descend(1) for run in (feeding(uncut, [batch]), feeding(cut, parts(batch)))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     gradients = [torch.cat([p.grad.flatten() for p in run.parameters if p.grad is not None]) for run in (cut, uncut)]
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-5
@@ -398,6 +398,12 @@ def test_new_words_are_read_whole_and_nothing_else_changes(tmp_path: Path):
     assert torch.equal(run.base.encode_text(["smile"]).states, plain.base.encode_text(["smile"]).states)
     start = run.base.text_encoders[0].get_input_embeddings()(torch.tensor([red, 49408, 49409, 49410]))
     assert all(torch.equal(row, start[0]) for row in start[1:])
+    assert run.words
+    (learned,) = run.words.parameters()
+    torch.nn.init.normal_(learned, generator=torch.Generator().manual_seed(0))
+    found = run.base.text_encoders[0].get_input_embeddings()(torch.tensor([49410, 49408, 49409]))
+    assert torch.equal(found, learned[[2, 0, 1]])
+    assert torch.equal(run.words.tensors()["OyamaMahiro"]["emb_params"], learned)
 
 
 @pytest.mark.parametrize("word", ["cat", "two words", ""])

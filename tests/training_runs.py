@@ -20,7 +20,7 @@ def write_pictures(folder: Path, size: tuple[int, int] = (64, 64)) -> Path:
         inside = folder / ("2_styles~plain" if i < 2 else "1_others")
         inside.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, colour).save(inside / f"{name}.png")
-        (inside / f"{name}.txt").write_text(f"{name} shirt, plain", encoding="utf-8")
+        (inside / f"{name}.txt").write_text(f"{name} shirt, OyamaMahiro, plain", encoding="utf-8")
     return folder
 
 
