@@ -14,7 +14,7 @@ from lineage import copies, direction, joins, unmerge
 from lineage.checkpoint import Checkpoint
 from lineage.cluster_result import Evidence
 from lineage.delta import svd
-from lineage.graph import adopt, ancestors, attach, between, place, spanning_tree
+from lineage.graph import adopt, ancestors, attach, between, rooted, spanning_tree
 from lineage.kin import Ancestry, Kin, Link
 from lineage.thresholds import CHOSEN, Thresholds
 from lineage.whitening import whitened_table
@@ -103,10 +103,21 @@ def _quantised(kin: Kin, core: list[int], found: Ancestry, chosen: Thresholds) -
     d = unmerge.distances(kin.g)
     for child, (relation, words) in sorted(flagged.items()):
         near = sorted(left, key=lambda p: (d[p, child], p))
+        if relation == "pruned":
+            near = _pruned_from(kin, child, near, chosen)
         confidence = _margin(d[near[0], child], d[near[1], child]) if len(near) > 1 else 0.7
         found.links.append(Link(near[0], child, relation, max(0.6, confidence), (words,)))
         found.derived[child] = near[0]
     return left
+
+
+def _pruned_from(kin: Kin, child: int, near: list[int], chosen: Thresholds) -> list[int]:
+    """The nearest models, first the one whose entries are the child's wherever those are not 0."""
+    own = kin.models[child]
+    if own is None:
+        return near
+    same = {p: copies.prunes(own, m, list(kin.matrices)) for p in near[: chosen.neighbours] if (m := kin.models[p])}
+    return sorted(near, key=lambda p: -same.get(p, 0.0))
 
 
 def _margin(first: float, second: float) -> float:
@@ -130,7 +141,7 @@ def _finetunes(
     edges = spanning_tree(unmerge.distances(w), core)
     chances = _votes(kin, core, found, edges, w, ignore).probabilities(core)
     root = base if base in core else max(core, key=lambda m: (chances[m], -m))
-    parent = place(w, root, core, chosen.share_low, chosen.share_high)
+    parent = rooted(edges, root)
     parent = adopt(parent, merges, w, chosen.merge_share, chosen.share_high)
     parent = attach(parent, late, [*core, *merges], unmerge.distances(w))
     found.root, found.root_confidence = root, 1.0 if base == root else chances[root]
@@ -187,7 +198,7 @@ def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: T
     models = [m for m in (kin.models[i] for i in members) if m is not None]
     if "whitening" in ignore or len(models) < max(chosen.whiten_members, len(members)):
         return kin.table
-    _, table = whitened_table(models, {name: name for name in kin.matrices}, floor=chosen.whiten_floor)
+    _, table = whitened_table(models, {name: name for name in (*kin.matrices, *kin.vectors)}, floor=chosen.whiten_floor)
     white = np.zeros((len(table), len(kin), len(kin)))
     white[np.ix_(range(len(table)), members, members)] = table
     return white

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,7 +36,7 @@ from lineage.cluster_result import (
     Unobserved,
 )
 from lineage.copies import donors
-from lineage.evidence import Declared, reconcile
+from lineage.evidence import Declared, not_from_scratch, reconcile
 from lineage.families import affinities, families
 from lineage.fingerprint import Fingerprint
 from lineage.folder import Folder
@@ -63,6 +64,8 @@ class Found:
     min_confidence: float
     seed: int
     seconds: float
+    added: str | None = None
+    metadata: bool = True
 
 
 def records(found: Found) -> ClusterResult:
@@ -71,6 +74,8 @@ def records(found: Found) -> ClusterResult:
     root_of = {m.name: m.root for row in rows for m in row.models}
     drawn = [e for row in rows for e in row.edges]
     edges, against = reconcile([*drawn, *_swaps(found, drawn)], found.said, root_of)
+    claims = {m.name: m.item.declared.get("scratch", "") for m in found.models} if found.metadata else {}
+    against += not_from_scratch(claims, edges)
     edges = [e for e in edges if e.confidence >= found.min_confidence]
     inputs = {m.name: {"path": m.path.name, "bytes": m.print.bytes, "sha256": m.print.sha256} for m in found.models}
     distances, joined = _distances(found)
@@ -91,12 +96,17 @@ def records(found: Found) -> ClusterResult:
         _similarity(found),
         contradictions=tuple(against),
         min_confidence=found.min_confidence,
+        added=found.added,
     )
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def _skipped(folder: Folder) -> tuple[Skipped, ...]:
     rest = [i for i in folder.items if i.bucket not in ("model", "adapter")]
-    return tuple(Skipped(i.path.relative_to(folder.path).as_posix(), i.bucket, i.reason) for i in rest)
+    return tuple(Skipped(_inside(i.path, folder.path), i.bucket, i.reason) for i in rest)
 
 
 def _swaps(found: Found, edges: Sequence[Edge]) -> Iterator[Edge]:
@@ -132,7 +142,7 @@ def _tree_records(tree: Tree, found: Found) -> _Rows:
         models.append(
             ClusterModel(
                 m.name,
-                m.path.relative_to(found.folder.path).as_posix(),
+                _inside(m.path, found.folder.path),
                 m.print.sha256,
                 m.print.bytes,
                 m.print.architecture,

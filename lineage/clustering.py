@@ -19,9 +19,9 @@ from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.cluster_records import Found, records
 from lineage.cluster_result import ClusterResult
 from lineage.copies import permuted
-from lineage.errors import LineageError, MissingExtra
+from lineage.errors import FileError, LineageError, MissingExtra
 from lineage.evidence import Declared, Identity, declared, read_dates
-from lineage.exact import choose, exact_gram
+from lineage.exact import LIMIT, choose, exact_gram
 from lineage.families import kin as kinship
 from lineage.families import trees
 from lineage.fingerprint import Fingerprint, fingerprint
@@ -32,6 +32,7 @@ from lineage.recipe import did_you_mean
 from lineage.thresholds import CHOSEN, Thresholds
 
 Progress = Callable[[int, int, str], None]
+ADD_LIMIT = 10.0  # seconds of reading others again that an answer for one file is worth
 METADATA, DATES = 3.0, 50.0  # log-odds of an order of two models that a file declares, and that dates prove
 
 
@@ -96,17 +97,21 @@ def cluster(
     it. engine, address: joblib's backend for the fingerprints ("ray", "dask"). ignore: sources of evidence not to use
     (ancestry.SOURCES). LineageError for a folder without models and for names that are no model of it."""
     began = time.monotonic()
-    scanned = scan(folder)
+    scanned = scan(folder, also=add)
     models = _models(scanned, cache, engine, address, progress)
     names = [m.name for m in models]
+    added = None if add is None else _added(scanned, Path(add))
     if base is not None and base not in names:
         raise LineageError(f"base {base!r}: no model of the folder. {did_you_mean(base, names)}")
     said = _said(models) if metadata else []
     days = read_dates(dates, names) if dates else {}
-    choice = choose([m.print.bytes for m in models], sketch=sketch)
+    choice = choose([m.print.bytes for m in models], sketch=sketch, limit=LIMIT if add is None else ADD_LIMIT)
     options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days))
     grown = list(_grown(models, options, progress))
-    return records(Found(scanned, models, grown, choice, said, days, min_confidence, seed, time.monotonic() - began))
+    seconds = time.monotonic() - began
+    return records(
+        Found(scanned, models, grown, choice, said, days, min_confidence, seed, seconds, added, metadata=metadata)
+    )
 
 
 def _models(
@@ -126,6 +131,14 @@ def _models(
             if progress:
                 progress(len(found), len(items), item.name)
     return sorted(found, key=lambda m: (m.print.sha256, m.name))
+
+
+def _added(scanned: Folder, path: Path) -> str:
+    """The name of one more file, which must be a full model."""
+    item = next(i for i in scanned.items if i.path.samefile(path))
+    if item.bucket != "model":
+        raise FileError(path, f"is no model ({item.kind or item.bucket}: {item.reason}).", "Give a full checkpoint.")
+    return item.name
 
 
 @contextmanager

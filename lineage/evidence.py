@@ -135,6 +135,14 @@ def reconcile(
     return sorted(kept.values(), key=lambda e: (e.child, e.parent, e.relation)), against
 
 
+def not_from_scratch(claims: Mapping[str, str], edges: Sequence[Edge]) -> Iterator[Contradiction]:
+    """Where weights show parents of a model whose card says that it has none. claims: model -> the card's words."""
+    for name, words in sorted(claims.items()):
+        above = sorted({e.parent for e in edges if e.child == name and e.directed and e.relation != "component"})
+        if words and above:
+            yield Contradiction(name, "card", words, f"made from {', '.join(above)}")
+
+
 def _confirmed(edge: Edge, words: Evidence) -> Edge:
     """Two kinds of evidence agree: what is left of the doubt is a third."""
     sure = round(1 - (1 - edge.confidence) / 3, 4)

@@ -19,6 +19,7 @@ from lineage.unmerge import Reading
 Array = NDArray[np.float64]
 SPARSE = 0.05  # share of entries left as in the base, above which a merge dropped some on purpose
 SMALL = 0.8  # of the usual change: TIES drops what moved least, DARE at random
+SINGLE = 3.0  # of the expected rounding energy, that merges in float32 may leave
 DRAWS = 199  # bootstrap samples of blocks for a p-value
 
 
@@ -28,15 +29,15 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
     g, every = kin.g, list[Reading]()
     for child in core:
         pool = [i for i in core if i != child]
-        if len(pool) > 1 and _dependent(g, kin.rounding, child, pool, chosen):
-            every += unmerge.readings(g, kin.rounding, child, pool, chosen)
-    for _, reading in sorted(unmerge.resolve(every, g, chosen).items()):
+        if len(pool) > 1 and _dependent(g, _limit(kin, child), child, pool, chosen):
+            every += unmerge.readings(g, _limit(kin, child), kin.entries, child, pool, chosen)
+    for _, reading in sorted(unmerge.resolve(every, g, core, chosen).items()):
         record(found, _described(kin, reading, seed))
     done = {m.reading.child for m in found.merges}
     rest = [i for i in core if i not in done]
     for child in rest:
         near = _nearest(g, child, [i for i in core if i != child])
-        mixture = block_weighted(kin.table, kin.rounding, child, near, chosen) if len(near) > 1 else None
+        mixture = block_weighted(kin.table, _limit(kin, child), child, near, chosen) if len(near) > 1 else None
         if mixture and not _read_already(found, mixture):
             record(found, _by_block(kin, mixture))
         elif interpolated := _interpolated(kin, child, near, chosen):
@@ -78,11 +79,16 @@ def settle(kin: Kin, merged: Merged, lines: Mapping[int, set[int]]) -> Merged:
     return replace(merged, method="ties" if size < SMALL else "dare", unseen=False)
 
 
-def _dependent(g: Array, rounding: Array, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
+def _limit(kin: Kin, child: int) -> float:
+    """The child's rounding energy; of float32 files three times that: sums are rounded in any order there, and nothing
+    but a merge comes near it."""
+    single = any(t.dtype == "float32" for t in kin.prints[child].tensors)
+    return float(kin.rounding[child]) * (SINGLE if single else 1)
+
+
+def _dependent(g: Array, own: float, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
     """Whether the child lies in the affine hull of the rest, up to rounding: else no subset can explain it."""
-    near = _nearest(g, child, pool, 64)
-    floor = rounding[child] + rounding[near].max()
-    return unmerge.full_residual(g, child, near) <= chosen.merge_ratio * floor
+    return unmerge.full_residual(g, child, _nearest(g, child, pool, 64)) <= 2 * chosen.merge_ratio * own
 
 
 def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 24) -> list[int]:
@@ -129,8 +135,7 @@ def _analytic(kin: Kin, reading: Reading) -> Array:
     """Standard deviation of each weight if the residual is noise of equal variance in all entries."""
     first, *rest = reading.parents
     g = unmerge.centred(kin.g, first)[np.ix_(rest, rest)]
-    entries = sum(int(np.prod(t.shape)) for t in kin.prints[0].tensors if t.name in kin.matrices)
-    covariance = max(reading.residual, reading.own) / max(entries, 1) * np.linalg.pinv(g, hermitian=True)
+    covariance = max(reading.residual, reading.own) / kin.entries * np.linalg.pinv(g, hermitian=True)
     return np.sqrt(np.maximum([covariance.sum(), *np.diag(covariance)], 0))
 
 
@@ -149,7 +154,7 @@ def _p_value(kin: Kin, reading: Reading, seed: int) -> float:
 
 def _reading(kin: Kin, m: Mixture) -> Reading:
     own = float(kin.rounding[m.child])
-    floor = own + (1 - m.weight) ** 2 * float(kin.rounding[m.a]) + m.weight**2 * float(kin.rounding[m.b])
+    floor = own * (1 + (1 - m.weight) ** 2 + m.weight**2)
     return Reading(m.child, (m.a, m.b), (1 - m.weight, m.weight), m.residual, own, floor)
 
 
@@ -173,7 +178,7 @@ def _interpolated(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds)
             continue
         residual = spherical(held, [*kin.matrices, *kin.vectors])
         reading = _reading(kin, m)
-        if residual <= chosen.merge_ratio * reading.floor:
+        if residual <= chosen.merge_ratio * SINGLE * reading.floor:
             exact = Reading(child, reading.parents, reading.weights, residual, reading.own, reading.floor)
             return Merged(exact, (), None, "slerp", confidence=0.9)
     return None

@@ -34,6 +34,12 @@ class Kin:
     known: tuple[tuple[int, int, float], ...] = ()
 
     @property
+    def entries(self) -> int:
+        """Compared entries of a model."""
+        names = {*self.matrices, *self.vectors}
+        return max(1, sum(t.entries for t in self.prints[0].tensors if t.name in names))
+
+    @property
     def g(self) -> Array:
         return self.table.sum(0)
 

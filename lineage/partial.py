@@ -72,13 +72,12 @@ def mixtures(table: Array, child: int, pool: Sequence[int], by_block: bool) -> l
 
 
 def block_weighted(
-    table: Array, rounding: Array, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN
+    table: Array, own: float, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN
 ) -> Mixture | None:
     """The pair of which the child is an exact mixture with a weight from 0 to 1 for each block, if there is one and no
-    single weight would do."""
+    single weight would do. own: the child's rounding energy."""
     for m in mixtures(table, child, pool, by_block=True):
-        floor = rounding[child] + max(rounding[m.a], rounding[m.b])
-        if m.residual > chosen.merge_ratio * floor:
+        if m.residual > 3 * chosen.merge_ratio * own:
             return None
         known = np.array([w for w in m.weights if not np.isnan(w)])
         convex = len(known) > 1 and known.min() > -chosen.merge_weight and known.max() < 1 + chosen.merge_weight

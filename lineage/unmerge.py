@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from lineage.graph import spanning_tree
 from lineage.thresholds import CHOSEN, Thresholds
 
 Array = NDArray[np.float64]
@@ -23,7 +24,8 @@ CHUNK = 4096  # subsets solved in one batch
 @dataclass(frozen=True)
 class Reading:
     """child = sum of weights x parents (weights sum to 1). residual: ||child - sum||^2; own: the rounding energy of the
-    child's storage, sum ulp^2 / 12; floor: own + the parents' as it would pass through."""
+    child's storage, sum ulp^2 / 12; floor: own (1 + sum w^2), as every product is rounded too. Parents count as stored:
+    a merge is made of files."""
 
     child: int
     parents: tuple[int, ...]
@@ -36,11 +38,6 @@ class Reading:
     def ratio(self) -> float:
         """Residual over the rounding floor; about 1 where the reading is the truth."""
         return self.residual / self.floor if self.floor > 0 else (0.0 if self.residual <= 0 else np.inf)
-
-    @property
-    def noise(self) -> float:
-        """Residual over the child's own rounding: grows when a parent's rounding was not in the arithmetic."""
-        return self.residual / self.own if self.own > 0 else self.ratio
 
     @property
     def convex(self) -> bool:
@@ -131,86 +128,85 @@ def _eliminate(g: Array, child: int, pool: list[int], keep: int) -> list[int]:
 
 
 def full_residual(g: Array, child: int, pool: Sequence[int]) -> float:
-    """Squared distance of the child to the affine hull of the pool; rounding-size directions count as dependent."""
-    around = centred(g, child)[np.ix_(pool, pool)]
-    scale = np.sqrt(np.maximum(np.diag(around), 1e-300))
-    inverse = np.linalg.pinv(around / scale[:, None] / scale[None], rcond=1e-11, hermitian=True)
-    total = float((inverse / scale[:, None] / scale[None]).sum())
-    return 1 / total if total > 0 else np.inf
+    """Squared distance of the child to the affine hull of the pool."""
+    first, *rest = pool
+    around = centred(g, first)
+    if not rest:
+        return float(around[child, child])
+    scale = np.sqrt(np.maximum(np.diag(around)[rest], 1e-300))
+    normal = around[np.ix_(rest, rest)] / scale[:, None] / scale
+    right = around[rest, child] / scale
+    weights = np.linalg.lstsq(normal, right, rcond=1e-13)[0]
+    return max(0.0, float(around[child, child] - 2 * weights @ right + weights @ normal @ weights))
 
 
-def readings(g: Array, rounding: Array, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN) -> list[Reading]:
+def readings(
+    g: Array, own: float, entries: int, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN
+) -> list[Reading]:
     """Every plausible exact reading of a model as a merge of 2 to 5 of the pool; the fewest parents first.
 
-    g: (n, n); rounding: (n,) energies sum ulp^2 / 12 of the files."""
+    g: (n, n); own: the child's rounding energy, sum ulp^2 / 12; entries: compared per model."""
     near = candidates(g, child, pool, chosen.merge_pool)
     found: list[Reading] = []
     for size in range(2, min(chosen.merge_parents, len(near)) + 1):
         sets = subsets(near, size)
         for part in np.array_split(sets, max(1, len(sets) // CHUNK)):
-            found += _exact(g, rounding, child, part, chosen)
-    return [r for r in found if _needed(g, rounding, r, chosen)]
+            found += _exact(g, own, child, part, chosen)
+    return [r for r in found if _needed(g, r, entries, chosen)]
 
 
-def _exact(g: Array, rounding: Array, child: int, sets: NDArray[np.intp], chosen: Thresholds) -> Iterator[Reading]:
+def _exact(g: Array, own: float, child: int, sets: NDArray[np.intp], chosen: Thresholds) -> Iterator[Reading]:
     weights, residual = affine(g, child, sets)
-    own = float(rounding[child])
-    floor = own + (weights**2 * rounding[sets]).sum(1)
+    floor = own * (1 + (weights**2).sum(1))
     good = (residual <= chosen.merge_ratio * floor) & (np.abs(weights).min(1) >= chosen.merge_weight)
     for i in np.flatnonzero(good):
         if plausible(weights[i]):
-            yield Reading(child, tuple(map(int, sets[i])), tuple(map(float, weights[i])),
-                          float(residual[i]), own, float(floor[i]))  # fmt: skip
+            parents, shares = tuple(map(int, sets[i])), tuple(map(float, weights[i]))
+            yield Reading(child, parents, shares, float(residual[i]), own, float(floor[i]))
 
 
 def plausible(weights: Array, tolerance: float = 0.02) -> bool:
-    """Convex, or an add-difference: one parent whole, and what the others add (each at most once) taken off one."""
+    """Convex, or an add-difference: one parent whole, and at most as much of another as is taken off the third."""
     w = np.sort(weights)
-    if w[0] >= 0:
-        return True
-    return bool(len(w) > 2 and w[1] > 0 and w[-1] < 1 + tolerance and np.abs(w - 1).min() < tolerance)
+    return bool(w[0] >= 0 or (len(w) == 3 and w[0] >= -1 and w[1] > 0 and abs(w[2] - 1) < tolerance))
 
 
-def _needed(g: Array, rounding: Array, reading: Reading, chosen: Thresholds) -> bool:
-    """Whether the fit without any one of the parents is clearly worse."""
+def _needed(g: Array, reading: Reading, entries: int, chosen: Thresholds) -> bool:
+    """Whether the fit without any one of the parents is worse than chance and a little more."""
     sets = np.array(list(combinations(reading.parents, len(reading.parents) - 1)), np.intp)
-    weights, residual = affine(g, reading.child, sets)
-    floor = reading.own + (weights**2 * rounding[sets]).sum(1)
-    return bool((residual > chosen.necessity * np.maximum(floor, reading.residual)).all())
+    residual = affine(g, reading.child, sets)[1]
+    growth = max(chosen.necessity, 1 + 8 * np.sqrt(2 / entries))
+    return bool((residual > growth * max(reading.own, reading.residual)).all())
 
 
-def resolve(found: Iterable[Reading], g: Array, chosen: Thresholds = CHOSEN) -> dict[int, Reading]:
+def resolve(found: Iterable[Reading], g: Array, pool: Sequence[int], chosen: Thresholds = CHOSEN) -> dict[int, Reading]:
     """One reading per merged model: child -> reading. Each dependency is read from one end only, and no model
-    descends from itself."""
+    descends from itself. pool: all models, over which the shortest tree is drawn."""
+    found = list(found)
+    best: dict[int, float] = {}
+    for r in found:
+        best[r.child] = min(best.get(r.child, np.inf), r.ratio)
+    convex = {r.child for r in found if r.convex}
+    d = distances(g)
+    length = {r.child: _length_without(d, pool, r.child) for r in found if not r.convex}
+
+    def rank(r: Reading) -> tuple:
+        worse = r.ratio > chosen.noise_gap * best[r.child]
+        merged = sum(p in convex for p in r.parents)
+        return worse, len(r.parents), not r.convex, 0.0 if r.convex else length[r.child], merged, r.ratio, r.child
+
     taken: dict[int, Reading] = {}
     spent: set[frozenset[int]] = set()
-    ranked = sorted(found, key=lambda r: _rank(r, g, chosen))
-    convex_children = {r.child for r in ranked if r.convex}
-    best = {}
-    for r in ranked:
-        best[r.child] = min(best.get(r.child, np.inf), r.noise)
-    for r in sorted(ranked, key=lambda r: (r.noise > chosen.noise_gap * best[r.child], *_rank(r, g, chosen),
-                                           sum(p in convex_children for p in r.parents), r.noise)):  # fmt: skip
+    for r in sorted(found, key=rank):
         if r.child not in taken and r.members not in spent and not _cyclic(r, taken):
             taken[r.child] = r
             spent.add(r.members)
     return taken
 
 
-def _rank(r: Reading, g: Array, chosen: Thresholds) -> tuple:
-    return (len(r.parents), not r.convex, round(_length_without(r, g), 9) if not r.convex else 0.0)
-
-
-def _length_without(r: Reading, g: Array) -> float:
-    """Length of the shortest tree over the dependent models without the child, over that of all readings' mean."""
-    d = distances(g)
-    rest = list(r.parents)
-    total, reached = 0.0, [rest[0]]
-    while len(reached) < len(rest):
-        length, nearest = min((float(d[a, b]), b) for a in reached for b in rest if b not in reached)
-        total += length
-        reached.append(nearest)
-    return total
+def _length_without(d: Array, pool: Sequence[int], child: int) -> float:
+    """Length of the shortest tree over the pool without one model."""
+    return sum(float(d[edge]) for edge in spanning_tree(d, [m for m in pool if m != child]))
 
 
 def _cyclic(reading: Reading, taken: dict[int, Reading]) -> bool:

@@ -30,15 +30,16 @@ def inverse_root(covariance: Tensor, floor: float) -> Tensor:
 
 
 def whiten(stack: Tensor, floor: float = CHOSEN.whiten_floor) -> Tensor:
-    """Deviations of n matrices (n, rows, columns) from their mean, whitened on both sides; the mean square over the
-    stack's entries is 1 (all zero where the matrices are equal)."""
+    """Deviations of n matrices (n, rows, columns) from their mean, whitened on both sides (single columns are only
+    scaled); the mean square over the stack's entries is 1 (all zero where the matrices are equal)."""
     deviation = stack - stack.mean(0)
     if not deviation.any():
         return deviation
     rows, columns = deviation.shape[1:]
     even = deviation / deviation.flatten(1).norm(dim=1).clamp_min(torch.finfo(stack.dtype).tiny)[:, None, None]
-    left = inverse_root(torch.einsum("nij,nkj->ik", even, even), floor) if rows <= LONGEST_SIDE else None
-    right = inverse_root(torch.einsum("nji,njk->ik", even, even), floor) if columns <= LONGEST_SIDE else None
+    sides = [n <= LONGEST_SIDE and columns > 1 for n in (rows, columns)]
+    left = inverse_root(torch.einsum("nij,nkj->ik", even, even), floor) if sides[0] else None
+    right = inverse_root(torch.einsum("nji,njk->ik", even, even), floor) if sides[1] else None
     white = deviation if left is None else left @ deviation
     white = white if right is None else white @ right
     return white / white.square().mean().sqrt()
@@ -53,11 +54,12 @@ def whitened_table(
 ) -> tuple[tuple[str, ...], Array]:
     """(blocks, table (blocks, n, n)): inner products of the whitened matrices of n kin models, one tensor at a time.
 
-    names: parameter (of two or more dimensions) -> its block. A tensor counts by its number of entries."""
+    names: parameter -> its block. A tensor counts by its number of entries."""
     blocks = tuple(sorted(set(names.values())))
     table = np.zeros((len(blocks), len(models), len(models)))
     for done, (name, block) in enumerate(sorted(names.items()), 1):
-        stack = torch.stack([m[name].double().flatten(1) for m in models])
+        stack = torch.stack([m[name].double() for m in models])
+        stack = stack.flatten(2) if stack.dim() > 2 else stack[..., None]
         white = whiten(stack, floor).flatten(1)
         table[blocks.index(block)] += (white @ white.T).numpy()
         if progress:
