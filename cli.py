@@ -405,9 +405,11 @@ def _forecast(run: Run, settings: Any) -> None:
 
 
 def _find_rate(run: Run, settings: Any) -> None:
+    from lineage import results
     from train.rate_sweep import find_lr
 
     folder = run.folder or settings.save.folder.with_name(f"{settings.save.folder.name}-rates")
+    results.check_target(folder, RESULT_FILES, run.force)
     with run.progress() as progress:
         result = find_lr(settings, device=run.device, progress=progress)
     replace(run, folder=folder).finish(result)

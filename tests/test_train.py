@@ -487,7 +487,9 @@ def test_find_lr_writes_its_page_and_no_run(call, toml, tmp_path: Path, monkeypa
     assert result["lowest"] is None or result["suggestion"] <= result["lowest"]
     assert (tmp_path / "run-rates" / "report.html").exists()
     assert not (tmp_path / "run").exists()
-    code, _, err = call("train", toml(training__optimizer="prodigy", training__lr=1.0), "--find-lr")
+    code, _, err = call("train", toml(), "--find-lr")
+    assert (code, "--force" in err) == (2, True)
+    code, _, err = call("train", toml(training__optimizer="prodigy", training__lr=1.0), "--find-lr", "--force")
     assert code == 2
     assert "finds the learning rate itself" in err
 
