@@ -41,6 +41,14 @@ def filesets(folder: Path) -> list[Fileset]:
     return sorted(_below(folder, set()), key=lambda found: found.path.as_posix())
 
 
+def lone(path: Path) -> Fileset:
+    """One file or model folder, wherever it lies, with the card that `filesets` of its folder would give it."""
+    if path.is_dir():
+        return next(_below(path, set()))
+    beside = sorted(e for e in path.parent.iterdir() if not e.is_dir())
+    return next((one for one in _loose(beside) if one.path == path), Fileset(path, 1))
+
+
 def is_weights(path: Path) -> bool:
     """Whether a file is named as one that holds tensors."""
     return path.suffix.lower() in (".safetensors", *PICKLES) or is_index(path)

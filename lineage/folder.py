@@ -15,7 +15,7 @@ from joblib import Parallel, delayed
 from lineage.adapters import kind_of
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.errors import FileError, LineageError
-from lineage.filesets import Fileset, filesets, is_weights
+from lineage.filesets import Fileset, filesets, is_weights, lone
 from lineage.fingerprint import is_weight
 from lineage.raw import PICKLES
 
@@ -27,6 +27,7 @@ ALIKE = 0.5  # of the larger model's entries: two models that share so many are 
 _WHOLE_MODELS = {"sd3", "flux"}
 _EMBEDDINGS = {"emb_params", "clip_l", "clip_g", "string_to_param"}
 _CARD = re.compile(r"\A---[ \t]*\r?\n(.*?)\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SCRATCH = re.compile(r"\btrained\s+(?:entirely\s+|completely\s+)?from\s+scratch\b", re.IGNORECASE)
 _DECLARED = {"ss_new_sd_model_hash": "sha256", "ss_sd_model_hash": "short_hash", "ss_sd_model_name": "name"}
 
 
@@ -35,7 +36,8 @@ class Item:
     """One model, or one file that is none. path: of the file or folder; files: how many belong to it.
 
     bucket: one of BUCKETS. kind: architecture, kind of adapter, or what else it is. group: of models that are compared.
-    declared: what it says of its parent: sha256, short_hash (8 digits), name or base_model. licence: of its card."""
+    declared: what it says of its parent: sha256, short_hash (8 digits), name or base_model, or that it has none
+    (scratch). licence: of its card."""
 
     name: str
     path: Path
@@ -80,13 +82,18 @@ class Folder:
         return tuple(item for item in self.items if item.bucket == bucket)
 
 
-def scan(folder: str | Path, *, jobs: int = 1, progress: Progress | None = None) -> Folder:
-    """What everything below `folder` is, from headers. A diffusers or transformers folder and a set of shards count as
-    one; links to folders are followed, loops do no harm. LineageError where `folder` is none."""
+def scan(
+    folder: str | Path, *, also: str | Path | None = None, jobs: int = 1, progress: Progress | None = None
+) -> Folder:
+    """What everything below `folder` is, from headers, and `also` one more model from elsewhere. A diffusers or
+    transformers folder and a set of shards count as one; links to folders are followed, loops do no harm. LineageError
+    where `folder` is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise LineageError(f"{folder}: is no folder. Name the folder that holds the models.")
     found = filesets(folder)
+    if also is not None and not any(one.path.samefile(also) for one in found):
+        found = sorted([*found, lone(Path(also))], key=lambda one: one.path.as_posix())
     parallel: Any = Parallel(jobs, return_as="generator")
     items, known = list[tuple[Item, Weights]](), dict[Weights, Weights]()
     for i, (item, weights) in enumerate(parallel(delayed(_look)(one) for one in found), 1):
@@ -174,13 +181,15 @@ def _declared(checkpoint: Checkpoint, card: Mapping[str, str]) -> dict[str, str]
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     peft = _json(folder / "adapter_config.json").get("base_model_name_or_path")
     found["base_model"] = card.get("base_model") or (peft if isinstance(peft, str) else "")
+    found["scratch"] = card.get("scratch", "")
     return {key: value for key, value in found.items() if value and value != "None"}
 
 
 def _card_of(one: Fileset) -> dict[str, str]:
-    """base_model and license of a model card's YAML; of a list the first."""
-    header = _CARD.match(_text(one.card)) if one.card else None
-    found, key = dict[str, str](), ""
+    """base_model and license of a model card's YAML, of a list the first; and its words "trained from scratch"."""
+    text = _text(one.card) if one.card else ""
+    header, scratch = _CARD.match(text), _SCRATCH.search(text)
+    found, key = {"scratch": "trained from scratch"} if scratch else dict[str, str](), ""
     for line in header[1].splitlines() if header else ():
         if pair := re.match(r"([A-Za-z_]{1,40}):[ \t]*(.*)", line):
             key, value = pair[1], pair[2]
@@ -270,4 +279,5 @@ def _with_folder(path: Path, folder: Path) -> str:
 
 
 def _whole(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path != folder else _own_name(path, folder)
+    inside = path != folder and path.is_relative_to(folder)
+    return path.relative_to(folder).as_posix() if inside else _own_name(path, folder)

@@ -134,3 +134,29 @@ def test_a_real_folder(call, real):
     assert "3 models, 1 root" in out
     result = json.loads((real / "out" / "result.json").read_text("utf-8"))
     assert {(e["parent"], e["child"]) for e in result["edges"]} == {("base", "left"), ("base", "right")}
+
+
+def test_one_more_file_is_answered_for(call, real):
+    code, out, err = call("cluster", real / "models", "--add", real / "upload.safetensors", "-o", real / "out")
+    assert code == 0, err
+    assert out.strip() == "0.70 left + 0.30 right"
+    result = json.loads((real / "out" / "result.json").read_text("utf-8"))
+    assert result["added"] == "upload"
+    (real / "README.md").write_text("---\nlicense: mit\n---\nTrained entirely from\nscratch.", encoding="utf-8")
+    _, out, _ = call("cluster", real / "models", "--add", real / "upload.safetensors")
+    assert out.strip() == "0.70 left + 0.30 right; the card says trained from scratch"
+    _, out, _ = call("cluster", real / "models", "--add", real / "upload.safetensors", "--no-metadata")
+    assert out.strip() == "0.70 left + 0.30 right"
+
+
+def test_a_file_of_the_folder_may_be_asked_about(call, real):
+    code, out, err = call("cluster", real / "models", "--add", real / "models" / "base.safetensors", "--base", "base")
+    assert code == 0, err
+    assert out.strip() == "a root, the parent of 2 models here"
+
+
+def test_only_a_model_can_be_added(call, real):
+    (real / "notes.txt").write_text("no model")
+    code, _, err = call("cluster", real / "models", "--add", real / "notes.txt")
+    assert code == 2
+    assert "notes.txt: is no model" in err
