@@ -21,7 +21,7 @@ from lineage.whitening import whitened_table
 
 Array = NDArray[np.float64]
 
-SOURCES = ("whitening", "merges", "biases", "decay", "turns", "centrality")
+SOURCES = ("whitening", "merges", "biases", "turns", "centrality")
 
 
 def grow(
@@ -139,10 +139,10 @@ def _finetunes(
     late = between(w, core, merges, chosen.between)
     core = [m for m in core if m not in late]
     edges = spanning_tree(unmerge.distances(w), core)
-    chances = _votes(kin, core, found, edges, w, ignore).probabilities(core)
+    chances = _votes(kin, core, edges, w, ignore, chosen).probabilities(core)
     root = base if base in core else max(core, key=lambda m: (chances[m], -m))
     parent = rooted(edges, root)
-    parent = adopt(parent, merges, w, chosen.merge_share, chosen.share_high)
+    parent = adopt(parent, merges, w, chosen.share_low, chosen.share_high)
     parent = attach(parent, late, [*core, *merges], unmerge.distances(w))
     found.root, found.root_confidence = root, 1.0 if base == root else chances[root]
     _draw(kin, parent, w, found, {} if base == root else chances, chosen)
@@ -205,21 +205,21 @@ def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: T
 
 
 def _votes(
-    kin: Kin, core: list[int], found: Ancestry, edges: list[tuple[int, int]], w: Array, ignore: Collection[str]
+    kin: Kin, core: list[int], edges: list[tuple[int, int]], w: Array, ignore: Collection[str], chosen: Thresholds
 ) -> direction.Votes:
+    """Log-odds of each model to be the root, from every source that is not to be ignored."""
     votes = direction.Votes()
     if "centrality" not in ignore:
-        mass = {m: 1 + sum(p == m for p in found.derived.values()) for m in core}
-        votes.add("centrality", direction.centrality(edges, mass))
+        near = direction.centrality(unmerge.distances(w), core)
+        votes.add("centrality", {m: chosen.central * s for m, s in near.items()})
+        votes.add("degree", {m: chosen.degree * s for m, s in direction.degrees(edges, core).items()})
     if "turns" not in ignore:
-        votes.add("turns", {m: 200 * s for m, s in direction.agreement(edges, w, core).items()})
+        votes.add("turns", {m: chosen.agreement * s for m, s in direction.agreement(edges, w, core).items()})
     if kin.known:
         votes.add("known", direction.precedence(edges, kin.known, core))
     models = [m for m in (kin.models[i] for i in core) if m is not None]
     if "biases" not in ignore and len(models) == len(core):
-        age = direction.ages(models, kin.vectors)
-        if age is not None:
-            full = np.zeros(len(kin))
-            full[core] = age
-            votes.add("biases", {m: 7 * s for m, s in direction.descent(edges, full, core).items()})
+        ages = direction.ages(models, kin.vectors)
+        if ages is not None:
+            votes.add("biases", {m: -chosen.age * float(a) for m, a in zip(core, ages, strict=True)})
     return votes

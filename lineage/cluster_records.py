@@ -39,7 +39,7 @@ from lineage.copies import donors
 from lineage.evidence import Declared, not_from_scratch, reconcile
 from lineage.families import affinities, families
 from lineage.fingerprint import Fingerprint
-from lineage.folder import Folder
+from lineage.folder import Folder, declared_parent
 from lineage.found_recipe import toml
 from lineage.kin import Merged
 from lineage.results import Interval, provenance
@@ -76,13 +76,13 @@ def records(found: Found) -> ClusterResult:
     edges, against = reconcile([*drawn, *_swaps(found, drawn)], found.said, root_of)
     claims = {m.name: m.item.declared.get("scratch", "") for m in found.models} if found.metadata else {}
     against += not_from_scratch(claims, edges)
-    edges = [e for e in edges if e.confidence >= found.min_confidence]
+    edges = [e for e in [*edges, *_declared(found)] if e.confidence >= found.min_confidence]
     inputs = {m.name: {"path": m.path.name, "bytes": m.print.bytes, "sha256": m.print.sha256} for m in found.models}
     distances, joined = _distances(found)
     return ClusterResult(
         provenance("cluster", inputs, "cpu", seed=found.seed, seconds=round(found.seconds, 3)),
         found.folder.path.resolve().name,
-        tuple(sorted((m for row in rows for m in row.models), key=lambda m: m.name)),
+        tuple(sorted([*(m for row in rows for m in row.models), *_adapters(found.folder)], key=lambda m: m.name)),
         tuple(sorted((f for row in rows for f in row.families), key=lambda f: f.name)),
         tuple(sorted(edges, key=lambda e: (e.child, e.parent, e.relation))),
         tuple(sorted((m for row in rows for m in row.merges), key=lambda m: m.child)),
@@ -98,6 +98,32 @@ def records(found: Found) -> ClusterResult:
         min_confidence=found.min_confidence,
         added=found.added,
     )
+
+
+def _adapters(folder: Folder) -> Iterator[ClusterModel]:
+    """Files of factors: no root and no family is theirs, weights do not tell them."""
+    for i in folder.of("adapter"):
+        size = i.path.stat().st_size if i.path.is_file() else 0
+        yield ClusterModel(
+            i.name,
+            _inside(i.path, folder.path),
+            None,
+            size,
+            i.kind,
+            None,
+            None,
+            kind="adapter",
+            license=i.licence or None,
+        )
+
+
+def _declared(found: Found) -> Iterator[Edge]:
+    """Adapters below the models that they say they were trained on."""
+    known = {m.name: m.print.sha256 for m in found.models}
+    for item in found.folder.of("adapter") if found.metadata else ():
+        if parent := declared_parent(item, known):
+            words = Evidence("metadata", "its metadata or card names the model it was trained on")
+            yield Edge(parent, item.name, "adapter", None, None, None, True, 0.9, (words,), declared=True)
 
 
 def _inside(path: Path, folder: Path) -> str:

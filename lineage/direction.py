@@ -13,8 +13,6 @@ from torch import Tensor
 from lineage.graph import ancestors, rooted
 
 Array = NDArray[np.float64]
-WINDOW = 2e-6  # of child / parent - 1: entries without a gradient decay by one factor, up to float32 rounding
-SAMPLE = 2**20  # entries per model pair looked at
 
 
 @dataclass
@@ -50,41 +48,15 @@ def ages(models: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Array 
     return np.mean(shares, 0) if shares else None
 
 
-def decay(
-    parent: Mapping[str, Tensor], child: Mapping[str, Tensor], names: Sequence[str]
-) -> tuple[float, float] | None:
-    """(common factor - 1, share of entries that have it) among entries that changed by one factor without a gradient:
-    weight decay shrinks them, so the factor is below 1 from parent to child. None where no factor stands out."""
-    ratios = []
-    for name in names:
-        p, c = parent[name].flatten()[:SAMPLE].double(), child[name].flatten()[:SAMPLE].double()
-        used = p.abs() > 1e-3 * p.abs().mean()
-        ratios.append((c[used] / p[used] - 1).numpy())
-    ratio = np.sort(np.concatenate(ratios)) if ratios else np.zeros(0)
-    ratio = ratio[(np.abs(ratio) > 5 * WINDOW) & (np.abs(ratio) < 0.5)]
-    if len(ratio) < 200:
-        return None
-    last = np.searchsorted(ratio, ratio + WINDOW, "right")
-    counts = last - np.arange(len(ratio))
-    at = int(counts.argmax())
-    wide = np.searchsorted(ratio, [ratio[at] - 50 * WINDOW, ratio[at] + 51 * WINDOW])
-    expected = (wide[1] - wide[0] - counts[at]) / 100
-    if counts[at] < max(20.0, 8 * expected):
-        return None
-    return float(ratio[at] + WINDOW / 2), float(counts[at] / len(ratio))
+def centrality(d: Array, members: Sequence[int]) -> dict[int, float]:
+    """Minus the logarithm of the mean distance to the other members. d: (n, n) squared distances."""
+    rows = np.sqrt(d[np.ix_(members, members)]).mean(1)
+    return {m: -float(np.log(max(r, 1e-300))) for m, r in zip(members, rows, strict=True)}
 
 
-def centrality(edges: Sequence[tuple[int, int]], mass: Mapping[int, int]) -> dict[int, float]:
-    """Log-likelihood of each node as the first of a tree that grew by uniform attachment (rumor centrality, Shah &
-    Zaman 2011): minus the sum of the logarithms of all subtrees' sizes. mass: node -> files it stands for."""
-    scores = {}
-    for root in mass:
-        parent = rooted(edges, root)
-        size = dict(mass)
-        for child in reversed(parent):  # breadth first, so children come after their parents
-            size[parent[child]] += size[child]
-        scores[root] = -float(sum(np.log(s) for s in size.values()))
-    return scores
+def degrees(edges: Sequence[tuple[int, int]], members: Sequence[int]) -> dict[int, float]:
+    """How many neighbours each member has in the tree."""
+    return {m: float(sum(m in edge for edge in edges)) for m in members}
 
 
 def agreement(edges: Sequence[tuple[int, int]], g: Array, members: Sequence[int]) -> dict[int, float]:
@@ -104,15 +76,6 @@ def agreement(edges: Sequence[tuple[int, int]], g: Array, members: Sequence[int]
         sign = np.array([1.0 if parent.get(b) == a else -1.0 for a, b in edges])
         scores[root] = float((sign @ cosine @ sign - len(edges)) / (len(edges) * (len(edges) - 1)))
     return scores
-
-
-def descent(edges: Sequence[tuple[int, int]], age: Array, members: Sequence[int]) -> dict[int, float]:
-    """For each member as root, the mean over edges of the sign of the growth in age from parent to child."""
-    if not edges:
-        return dict.fromkeys(members, 0.0)
-    return {
-        root: float(np.mean([np.sign(age[c] - age[p]) for c, p in rooted(edges, root).items()])) for root in members
-    }
 
 
 def precedence(

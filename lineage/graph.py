@@ -53,40 +53,6 @@ def share(g: Array, start: int, via: int, node: int) -> float:
     return float(inner / max(g[via, via] - 2 * g[via, start] + g[start, start], 1e-300))
 
 
-def place(g: Array, root: int, members: Sequence[int], low: float, high: float, passes: int = 3) -> dict[int, int]:
-    """child -> parent, given the root: each model goes down from the root into the child whose increment it holds whole
-    (share from low to high), the one that explains most, until there is none.
-
-    g: (n, n) inner products in which increments are nearly orthogonal. Models are placed from the nearest to the root
-    on; further passes place each again, now that all are there."""
-    reach = {m: g[m, m] - 2 * g[m, root] + g[root, root] for m in members}
-    order = sorted((m for m in members if m != root), key=lambda m: (reach[m], m))
-    parent: dict[int, int] = {}
-    for _ in range(passes):
-        before = dict(parent)
-        for node in order:
-            kept = {child: above for child, above in parent.items() if child != node}
-            own = {m for m in kept if node in ancestors({c: [a] for c, a in kept.items()}, m)}
-            parent[node] = _descend(g, root, node, children({c: a for c, a in kept.items() if c not in own}), low, high)
-        if parent == before:
-            break
-    return parent
-
-
-def _descend(g: Array, root: int, node: int, below: Mapping[int, Sequence[int]], low: float, high: float) -> int:
-    at = root
-    while True:
-        shares = {via: share(g, at, via, node) for via in below.get(at, [])}
-        gains = {
-            via: (2 * part - 1) * (g[via, via] - 2 * g[via, at] + g[at, at])
-            for via, part in shares.items()
-            if low < part < high
-        }
-        if not gains:
-            return at
-        at = max(sorted(gains), key=lambda via: gains[via])
-
-
 def adopt(
     parent: Mapping[int, int], hosts: Mapping[int, Sequence[int]], g: Array, low: float, high: float
 ) -> dict[int, int]:
@@ -135,19 +101,3 @@ def ancestors(above: Mapping[Node, Sequence[Node]], node: Node) -> set[Node]:
             seen.add(at)
             open_ += above.get(at, [])
     return seen
-
-
-def depth(parent: Mapping[int, int], node: int) -> int:
-    """Steps from a node up to the root."""
-    steps = 0
-    while node in parent:
-        node, steps = parent[node], steps + 1
-    return steps
-
-
-def children(parent: Mapping[int, int]) -> dict[int, list[int]]:
-    """parent -> its children, sorted."""
-    found: dict[int, list[int]] = {}
-    for child in sorted(parent):
-        found.setdefault(parent[child], []).append(child)
-    return found

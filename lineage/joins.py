@@ -29,7 +29,11 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
     g, every = kin.g, list[Reading]()
     for child in core:
         pool = [i for i in core if i != child]
-        if len(pool) > 1 and _dependent(g, _limit(kin, child), child, pool, chosen):
+        if (
+            len(pool) > 1
+            and _visible(kin, child, pool, chosen)
+            and _dependent(g, _limit(kin, child), child, pool, chosen)
+        ):
             every += unmerge.readings(g, _limit(kin, child), kin.entries, child, pool, chosen)
     for _, reading in sorted(unmerge.resolve(every, g, core, chosen).items()):
         record(found, _described(kin, reading, seed))
@@ -37,6 +41,8 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
     rest = [i for i in core if i not in done]
     for child in rest:
         near = _nearest(g, child, [i for i in core if i != child])
+        if not _visible(kin, child, near, chosen):
+            continue
         mixture = block_weighted(kin.table, _limit(kin, child), child, near, chosen) if len(near) > 1 else None
         if mixture and not _read_already(found, mixture):
             record(found, _by_block(kin, mixture))
@@ -84,6 +90,13 @@ def _limit(kin: Kin, child: int) -> float:
     but a merge comes near it."""
     single = any(t.dtype == "float32" for t in kin.prints[child].tensors)
     return float(kin.rounding[child]) * (SINGLE if single else 1)
+
+
+def _visible(kin: Kin, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
+    """Whether the child differs from every other model by clearly more than storing it did."""
+    g = kin.g
+    nearest = min((g[j, j] + g[child, child] - 2 * g[j, child] for j in pool), default=0.0)
+    return bool(nearest > chosen.visible * kin.rounding[child])
 
 
 def _dependent(g: Array, own: float, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:

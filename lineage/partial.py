@@ -81,7 +81,8 @@ def block_weighted(
             return None
         known = np.array([w for w in m.weights if not np.isnan(w)])
         convex = len(known) > 1 and known.min() > -chosen.merge_weight and known.max() < 1 + chosen.merge_weight
-        if convex and m.gain > chosen.exact_gain and np.ptp(known) > chosen.merge_weight:
+        both = 2 * chosen.merge_weight < m.weight < 1 - 2 * chosen.merge_weight
+        if convex and both and m.gain > chosen.exact_gain and np.ptp(known) > chosen.merge_weight:
             return m
     return None
 

@@ -15,12 +15,12 @@ class Thresholds:
     merge_ratio: float = 1.2  # residual over the rounding floor up to which an affine reading is exact
     merge_weight: float = 0.02  # least weight of a parent
     necessity: float = 1.4  # by which the residual must grow when a parent is left out
+    visible: float = 10.0  # squared distance to the nearest parent over the child's rounding, for a merge to be told
     noise_gap: float = 1.04  # residual ratios closer than this do not tell two readings apart
     merge_pool: int = 14  # candidates per child whose subsets are all tried
     merge_parents: int = 5
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
-    share_low: float = 0.8  # of another model's increment that a descendant holds at least, in whitened coordinates
-    merge_share: float = 0.9  # and of a merge's: the mean of its parents is much like what they have in common
+    share_low: float = 0.9  # of a merge's increment that a descendant holds at least, in whitened coordinates
     share_high: float = 1.5  # and at most: more is a common direction, not descent
     between: float = 0.1  # minus the cosine of the ways to two parents of a merge, for what descends from the merge
     exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
@@ -29,6 +29,10 @@ class Thresholds:
     neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
+    agreement: float = 400.0  # log-odds of a root per unit of mean cosine of the increments taken away from it
+    age: float = 10.0  # the same per unit of age (0 to 1), taken off
+    central: float = 4.0  # per unit of the logarithm of the mean distance to the others, taken off
+    degree: float = 0.5  # per neighbour in the spanning tree
     directed: float = 0.7  # probability of a direction from which on an edge has one
     whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share
     whiten_floor: float = 1e-4  # of the largest eigenvalue, added before the inverse root

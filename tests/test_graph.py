@@ -46,7 +46,6 @@ def test_additive_distances_give_the_tree_back(seed):
     edges = graph.spanning_tree(distances(g), range(14))
     assert edges == pairs(parent)
     assert graph.rooted(edges, 0) == parent
-    assert graph.place(g, 0, range(14), 0.7, 1.3) == parent
 
 
 def test_a_turn_is_a_cosine():
@@ -56,15 +55,14 @@ def test_a_turn_is_a_cosine():
     assert graph.turn(np.ones((3, 3)), 0, 1, 2) == 0
 
 
-def test_a_sibling_that_shares_a_direction_is_hung_from_the_parent():
-    rng = np.random.default_rng(1)
-    shared, a, b = rng.normal(size=(3, 5000))
-    w = np.array([0 * a, shared + 0.2 * a, 0.9 * shared + 0.6 * b])
-    g = w @ w.T
-    chain = graph.rooted(graph.spanning_tree(distances(g), range(3)), 0)
-    assert chain == {1: 0, 2: 1}
-    assert graph.share(g, 0, 1, 2) < 1
-    assert graph.place(g, 0, range(3), 0.95, 1.3) == {1: 0, 2: 0}
+def test_a_descendant_holds_the_increment_whole_and_a_sibling_does_not():
+    _, w = random_tree(3, 1, entries=20000)
+    w[1], w[2] = w[1] - w[0], w[1] - w[0] + (w[2] - w[1])
+    stranger = np.random.default_rng(3).normal(size=w.shape[1])
+    g = np.vstack([w, stranger]) @ np.vstack([w, stranger]).T
+    inner = lambda a, b: (a @ b) / (w[1] @ w[1])  # noqa: E731
+    assert graph.share(g, 0, 1, 2) == pytest.approx(inner(w[2], w[1]))
+    assert graph.share(g, 0, 1, 3) == pytest.approx(inner(stranger, w[1]))
 
 
 def merge_family() -> np.ndarray:
@@ -90,7 +88,3 @@ def test_models_hang_from_a_merge_but_its_parents_do_not():
 
 def test_ancestors_go_through_merges():
     assert graph.ancestors({4: [3], 3: [1, 2], 2: [0]}, 4) == {0, 1, 2, 3, 4}
-
-
-def test_depth_counts_steps():
-    assert [graph.depth({1: 0, 2: 1}, node) for node in (0, 1, 2)] == [0, 1, 2]
