@@ -64,6 +64,7 @@ class Found:
     min_confidence: float
     seed: int
     seconds: float
+    added: str | None
     added: str | None = None
     metadata: bool = True
 
@@ -97,6 +98,7 @@ def records(found: Found) -> ClusterResult:
         contradictions=tuple(against),
         min_confidence=found.min_confidence,
         added=found.added,
+        added=found.added,
     )
 
 
@@ -127,6 +129,11 @@ def _declared(found: Found) -> Iterator[Edge]:
 
 
 def _inside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def _inside(path: Path, folder: Path) -> str:
+    """A path as seen from the folder; the file's name alone where it lies elsewhere."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 

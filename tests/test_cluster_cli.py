@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from dataclasses import replace
 
@@ -160,3 +161,21 @@ def test_only_a_model_can_be_added(call, real):
     code, _, err = call("cluster", real / "models", "--add", real / "notes.txt")
     assert code == 2
     assert "notes.txt: is no model" in err
+
+
+def test_an_adapter_hangs_from_the_model_it_names(call, real):
+    factors = {"a.lora_up.weight": torch.ones(8, 1), "a.lora_down.weight": torch.ones(1, 8), "a.alpha": torch.ones(())}
+    digest = hashlib.sha256((real / "models" / "left.safetensors").read_bytes()).hexdigest()
+    save_file(factors, real / "models" / "style.safetensors", metadata={"ss_new_sd_model_hash": digest})
+    save_file(factors, real / "models" / "lost.safetensors")
+    code, out, err = call("cluster", real / "models", "-o", real / "out")
+    assert code == 0, err
+    assert "3 models, 2 adapters, 1 root" in out
+    result = json.loads((real / "out" / "result.json").read_text("utf-8"))
+    kinds = {m["name"]: (m["kind"], m["root"] is None) for m in result["models"]}
+    assert kinds["style"] == kinds["lost"] == ("adapter", True)
+    (edge,) = [e for e in result["edges"] if e["relation"] == "adapter"]
+    assert (edge["parent"], edge["child"], edge["declared"]) == ("left", "style", True)
+    assert "base_model_relation: adapter" in (real / "out" / "model_cards.yaml").read_text("utf-8")
+    _, plain, _ = call("cluster", real / "models", "--no-metadata", "--json")
+    assert not [e for e in json.loads(plain)["edges"] if e["declared"]]
