@@ -146,7 +146,7 @@ def _finetunes(
     parent = attach(parent, late, [*core, *merges], unmerge.distances(w))
     found.root, found.root_confidence = root, 1.0 if base == root else chances[root]
     _draw(kin, parent, w, found, {} if base == root else chances, chosen)
-    above: dict[int, Sequence[int]] = {child: [p] for child, p in parent.items()} | merges
+    above: dict[int, Sequence[int]] = {**{child: [p] for child, p in parent.items()}, **merges}
     lines = {m: ancestors(above, m) for m in range(len(kin))}
     for merged in pending:
         joins.record(found, joins.settle(kin, merged, lines))

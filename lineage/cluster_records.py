@@ -64,7 +64,6 @@ class Found:
     min_confidence: float
     seed: int
     seconds: float
-    added: str | None
     added: str | None = None
     metadata: bool = True
 
@@ -97,7 +96,6 @@ def records(found: Found) -> ClusterResult:
         _similarity(found),
         contradictions=tuple(against),
         min_confidence=found.min_confidence,
-        added=found.added,
         added=found.added,
     )
 

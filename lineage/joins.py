@@ -138,7 +138,7 @@ def _described(kin: Kin, reading: Reading, seed: int) -> Merged:
     left_out = np.array(drawn or [reading.weights])
     n = len(left_out)
     spread = np.sqrt((n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    half = 2.5 * np.maximum(spread, _analytic(kin, reading)) + 1e-9
+    half = 3 * np.maximum(spread, _analytic(kin, reading)) + 1e-9
     intervals = tuple((float(w - h), float(w + h)) for w, h in zip(reading.weights, half, strict=True))
     method = "weighted_sum" if reading.convex else "add_difference"
     return Merged(reading, intervals, _p_value(kin, reading, seed), method, confidence=0.95)

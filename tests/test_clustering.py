@@ -146,3 +146,17 @@ def test_sketches_tell_the_same_fine_tunes(result, models, tmp_path):
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(LineageError, match="no models"):
         lineage.cluster(tmp_path)
+
+
+def test_one_more_file_is_answered_for(models, tmp_path):
+    folder = kin.save({n: w for n, w in models.items() if n != "merge"}, tmp_path / "m")
+    extra = kin.save({"merge": models["merge"]}, tmp_path / "more") / "merge.safetensors"
+    found = lineage.cluster(folder, add=extra, cache=tmp_path / "cache")
+    assert found.added == "merge"
+    assert {e.parent for e in found.edges if e.child == "merge"} == {"b", "c"}
+
+
+def test_only_sure_edges_are_drawn(result, models, tmp_path):
+    folder = kin.save(models, tmp_path / "m")
+    sure = lineage.cluster(folder, min_confidence=0.9, cache=tmp_path / "cache").edges
+    assert {(e.parent, e.child) for e in sure} == {(e.parent, e.child) for e in result.edges if e.confidence >= 0.9}
