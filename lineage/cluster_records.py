@@ -127,10 +127,6 @@ def _declared(found: Found) -> Iterator[Edge]:
 
 
 def _inside(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
-
-
-def _inside(path: Path, folder: Path) -> str:
     """A path as seen from the folder; the file's name alone where it lies elsewhere."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
