@@ -165,7 +165,7 @@ def _triggers(config: Config, plan: DataPlan) -> Iterator[str]:
     """How often each trigger word is there, and which tags keep what ought to attach to it."""
     for word in config.data.trigger_words:
         found = [plain(word) in map(plain, p.caption.tags) for p in plan.pictures]
-        yield f"Trigger {word!r}: {sum(found):,} pictures"
+        yield f"Trigger {word!r}: in {sum(found):,} of {len(found):,} pictures"
         if close := companions(plan, found):
             told = ", ".join(f"{tag} {share:.0%}" for tag, share in list(close.items())[:COMPANIONS])
             yield f"  goes with {told}: what of it should attach to the trigger belongs in data.prune"

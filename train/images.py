@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
 LARGEST = 80_000_000
 """Pixels; a file of a few kB can claim any number, and each takes 3 or 4 bytes."""
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)
+ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 
 
 def read_size(path: Path) -> Size:
@@ -30,7 +32,7 @@ def read_size(path: Path) -> Size:
         warnings.simplefilter("ignore")  # Pillow warns of sizes that are refused here
         with _opened(path) as image:
             width, height = image.size
-            turned = image.getexif().get(ORIENTATION) in TURNED
+            turned = _orientation(image) in TURNED
     if width * height > LARGEST:
         raise FileError(path, f"is {width} x {height} pixels.", f"Scale it below {LARGEST:,} pixels, or remove it.")
     return (height, width) if turned else (width, height)
@@ -53,7 +55,7 @@ def read_pixels(path: Path, size: Size, flip: bool = False) -> Tensor:
 
     read_size(path)
     with _opened(path) as image:
-        upright = _rgb(ImageOps.exif_transpose(image))
+        upright = _rgb(ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
         covered = covering(upright.size, size)
         if covered != upright.size:
             upright = upright.resize(covered, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -61,6 +63,13 @@ def read_pixels(path: Path, size: Size, flip: bool = False) -> Tensor:
         cut = np.asarray(upright.crop((left, top, left + size[0], top + size[1])))
     pixels = torch.from_numpy(cut[:, ::-1].copy() if flip else cut.copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1: upright. Of a PNG only what stands before its pixels: Pillow would decode it to look behind them."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif"} & image.info.keys():
+        return 1
+    return image.getexif().get(ORIENTATION, 1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
