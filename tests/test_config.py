@@ -122,6 +122,7 @@ def test_every_rule_is_about_a_key():
         ("[network]\ndim = true", ["network.dim", "whole number"]),
         ("[network]\ndim = 0", ["network.dim", "1 and more"]),
         ("[network]\nalpha = 0", ["network.alpha", "more than 0"]),
+        ("[network]\nalpha = true", ["network.alpha", "a number"]),
         ("[network]\nalpha = nan", ["network.alpha", "a number"]),
         ('[network]\nalgo = "lokr"', ["network.algo", "'loha', 'locon', 'lora'"]),
         ('[network]\npivotal = "x"', ["network.pivotal", "list of texts"]),
@@ -163,6 +164,10 @@ def test_a_fault_of_the_data_is_told(tmp_path, bad, said):
 def test_what_has_no_default_must_be_given(tmp_path, without):
     lines = [line for line in LEAST.splitlines() if not line.startswith(without)]
     assert without in refusal(tmp_path, "\n".join(lines))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    assert read(tmp_path, "\ufeff" + LEAST) == read(tmp_path, LEAST)
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

@@ -122,6 +122,11 @@ def test_the_scripts_arguments(tmp_path):
     assert any("768 x 512" in note for note in found.notes)
 
 
+def test_the_arguments_own_name_goes_before_another_spelling(tmp_path):
+    for more in ({"resolution": 256, "max_resolution": "512,512"}, {"max_resolution": "256,256", "resolution": ""}):
+        assert read(tmp_path, LEAST | more).config.data.resolution == 256
+
+
 LEAST = {"pretrained_model_name_or_path": "b.ckpt", "train_data_dir": "d"}
 
 
@@ -148,6 +153,7 @@ def test_what_is_left_out_is_what_their_scripts_take(tmp_path):
 def test_kinds_of_networks(tmp_path, more, expected):
     network = read(tmp_path, LEAST | more).config.network
     assert (network.algo, network.kernel_dim) == expected
+    assert expected[0] != "lora" or network.conv_dim == 0
 
 
 @pytest.mark.parametrize(
@@ -286,6 +292,7 @@ def test_metadata_of_a_described_data_set(tmp_path):
         ("c.toml", "[[datasets]]\nresolution = 512\n", "data set only"),
         ("c.json", json.dumps(LEAST | {"network_dim": "many"}), "network_dim: 'many' is not a whole number"),
         ("c.json", json.dumps(LEAST | {"network_dim": 1e999}), "network_dim"),
+        ("c.json", json.dumps(LEAST | {"network_dim": 2.5}), "network_dim: 2.5 is not a whole number"),
         ("c.json", json.dumps(LEAST | {"network_dim": -3}), r"network\.dim: -3"),
         ("c.json", json.dumps(LEAST | {"enable_bucket": "perhaps"}), "enable_bucket.*true or false"),
         ("c.json", json.dumps(LEAST | {"LoRA_type": "LyCORIS/LoKr"}), "'lycoris/lokr' are not trained here"),
