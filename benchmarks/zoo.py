@@ -73,7 +73,7 @@ def trained(spec: Spec, state: dict[str, Tensor]) -> dict[str, Tensor]:
     s = spec.settings
     lr = zoo_train.rate(s["optimizer"], s["change"], s["steps"], state) if s["change"] else 3e-3
     recipe = zoo_train.Recipe(
-        s["optimizer"], lr, s["steps"], s["weight_decay"], s["task"], spec.seed, s.get("only", "")
+        s["optimizer"], lr, s["steps"], s["weight_decay"], s["task"], spec.seed, s.get("only", ""), s["share"]
     )
     if spec.relation == "adapter":
         return zoo_derive.adapt(spec.arch, state, recipe, spec.kind, s["rank"], s["weight"])

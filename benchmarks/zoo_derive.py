@@ -19,7 +19,7 @@ def adapt(arch: str, state: Mapping[str, Tensor], recipe: Recipe, kind: str, ran
     g = torch.Generator().manual_seed(recipe.seed)
     start = {n: t.float() for n, t in state.items()}
     factors = {n: _factors(kind, t, rank, g) for n, t in start.items() if n.endswith("weight") and t.dim() > 1}
-    net, loss_of = NETWORKS[arch](), zoo_train.objective(arch, recipe.task)
+    net, loss_of = NETWORKS[arch](), zoo_train.objective(arch, recipe)
     optimizer = torch.optim.AdamW([f for fs in factors.values() for f in fs], lr=recipe.lr, weight_decay=0.0)
 
     class Adapted(nn.Module):

@@ -71,12 +71,12 @@ class _Tree:
         archs = ("bytes", "convolutions", "denoiser", "pixels")[: 4 if tree % 2 else 3]
         self.arch = archs[tree // 2 % len(archs)]
         self.optimizers = [o for o in OPTIMIZERS if tree % 2 or o != HELD_OUT["optimizer"]]
-        self.tasks = self.rng.sample(tasks(self.arch), 4)
+        self.tasks = tasks(self.arch, self.rng)
         self.made: dict[str, Spec] = {}
 
     def specs(self) -> list[Spec]:
         """The root, a few fine-tunes of it, then everything else in random order; perhaps one parent hidden."""
-        self._add("root", (), self._training(self.tasks[0], self.rng.choice((120, 200, 300)), 0.0))
+        self._add("root", (), self._training("+".join(self.tasks), self.rng.choice((400, 600, 800)), 0.0))
         for kind in self._order():
             self._grow(kind)
         if self.tree // 2 % 3 == 2:
@@ -110,16 +110,17 @@ class _Tree:
             return {"share": rng.choice((0.1, 0.3, 0.5))}
         if RELATION[kind] != "finetune":
             return {}
-        steps = rng.randint(50, 90) if kind == "long" else rng.randint(8, 30)
-        task = parent.settings.get("task", self.tasks[0]) if kind == "continued" else rng.choice(self.tasks)
+        steps, largest = (rng.randint(60, 110), -0.8) if kind == "long" else (rng.randint(12, 40), -1.5)
+        task = parent.settings.get("task", "+".join(self.tasks)) if kind == "continued" else rng.choice(self.tasks)
         only = rng.choice(PARTS[self.arch]) if kind == "sparse" else ""
-        return {**self._training(task, steps, 10 ** rng.uniform(-2.7, -0.8)), "only": only}
+        return {**self._training(task, steps, 10 ** rng.uniform(-2.7, largest)), "only": only}
 
     def _training(self, task: str, steps: int, change: float) -> dict[str, Any]:
         """change: what the learning rate aims at, see zoo_train.rate; 0 for a root. A decay of 10 shrinks norms."""
         optimizer = self.rng.choice(self.optimizers) if change else "adamw"
         decay = self.rng.choice((0.0, 0.01, 0.1, *((1.0, 10.0) if change else ())))
         return {"optimizer": optimizer, "steps": steps, "task": task, "change": change,
+                "share": self.rng.choice((0.2, 0.4, 0.8)) if change else 1.0,
                 "weight_decay": decay if optimizer == "adamw" else decay * 1e-3}  # fmt: skip
 
     def _merge(self) -> None:

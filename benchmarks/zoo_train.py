@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from zoo_networks import CONTEXT, NETWORKS, SIDE
 
 State = dict[str, Tensor]
+Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 DATA = Path(__file__).parent / "data"
 BATCH = {"bytes": 12, "convolutions": 16, "denoiser": 6, "pixels": 16}
@@ -56,7 +57,8 @@ SPELLINGS: dict[str, Callable[[bytes], bytes]] = {
 class Recipe:
     """How one network was trained. change: ||delta|| / ||start|| that lr and steps aim at; the true one is measured.
     lr: per entry for the optimisers that normalise, else per unit of the (clipped) gradient. only: part of a
-    parameter's name that may change ("" for all). warm: the optimiser's steps before the first one."""
+    parameter's name that may change ("" for all). task: one or, joined by "+", several in turn. share: of the task's
+    data, which part by the seed."""
 
     optimizer: str
     lr: float
@@ -65,6 +67,7 @@ class Recipe:
     task: str
     seed: int
     only: str = ""
+    share: float = 1.0
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -76,14 +79,16 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 GRADIENT = {"sgd"}  # optimisers whose step is as long as the gradient
 
 
-def tasks(arch: str) -> list[str]:
-    """Everything a network of this kind can learn."""
+def tasks(arch: str, rng: random.Random) -> list[str]:
+    """Six tasks that one root learns together, so that a fine-tune is one of them. Classes mean the same in all."""
     if arch == "bytes":
-        return [f"{text}/{spelling}" for text in TEXTS for spelling in SPELLINGS]
-    kinds = [*(f"avatars-{label}" for label in LABELS), "digits"]
+        return rng.sample([f"{text}/{spelling}" for text in TEXTS for spelling in SPELLINGS], 6)
     if arch == "denoiser":
-        kinds = [*(f"avatars-{style}" for style in STYLES), "digits"]
-    return [f"{kind}/{turn}" for kind in kinds for turn in TURNS]
+        return rng.sample(
+            [f"{kind}/{turn}" for kind in (*(f"avatars-{s}" for s in STYLES), "digits") for turn in TURNS], 6
+        )
+    kind = rng.choice([*(f"avatars-{label}" for label in LABELS), "digits"])
+    return [f"{kind}/{turn}" for turn in TURNS]
 
 
 def start(arch: str, seed: int) -> State:
@@ -99,7 +104,7 @@ def train(arch: str, state: Mapping[str, Tensor], recipe: Recipe) -> State:
     moving = [p for name, p in net.named_parameters() if recipe.only in name]
     optimizer = OPTIMIZERS[recipe.optimizer](moving, lr=recipe.lr, weight_decay=recipe.weight_decay)
     g = torch.Generator().manual_seed(recipe.seed)
-    loss_of = objective(arch, recipe.task)
+    loss_of = objective(arch, recipe)
     warm = min(10, recipe.steps)
     for step in range(recipe.steps):
         loss = loss_of(net, g)
@@ -121,15 +126,25 @@ def rate(optimizer: str, change: float, steps: int, state: Mapping[str, Tensor])
     return length / 3 if optimizer in GRADIENT else length / math.sqrt(sum(t.numel() for t in state.values()))
 
 
-def objective(arch: str, task: str) -> Callable[[nn.Module, torch.Generator], Tensor]:
-    """Loss of a network on a random batch of a task."""
+def objective(arch: str, recipe: Recipe) -> Loss:
+    """Loss of a network on a random batch of one of the recipe's tasks."""
+    losses = [_of_task(arch, task, recipe) for task in recipe.task.split("+")]
+    return lambda net, g: losses[int(torch.randint(len(losses), (), generator=g))](net, g)
+
+
+def _of_task(arch: str, task: str, recipe: Recipe) -> Loss:
+    g = torch.Generator().manual_seed(recipe.seed)
     if arch == "bytes":
-        return _next_byte(text(task), BATCH[arch])
+        data = text(task)
+        length = max(4 * CONTEXT, int(recipe.share * len(data)))
+        first = int(torch.randint(len(data) - length + 1, (), generator=g))
+        return _next_byte(data[first : first + length], BATCH[arch])
     x, y = pictures(task)
-    return (_noise if arch == "denoiser" else _label)(x, y, BATCH[arch])
+    seen = torch.randperm(len(x), generator=g)[: max(8, int(recipe.share * len(x)))]
+    return (_noise if arch == "denoiser" else _label)(x[seen], y[seen], BATCH[arch])
 
 
-def _next_byte(data: Tensor, batch: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
+def _next_byte(data: Tensor, batch: int) -> Loss:
     def loss(net: nn.Module, g: torch.Generator) -> Tensor:
         at = torch.randint(len(data) - CONTEXT - 1, (batch, 1), generator=g) + torch.arange(CONTEXT + 1)
         rows = data[at]
@@ -138,7 +153,7 @@ def _next_byte(data: Tensor, batch: int) -> Callable[[nn.Module, torch.Generator
     return loss
 
 
-def _label(x: Tensor, y: Tensor, batch: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
+def _label(x: Tensor, y: Tensor, batch: int) -> Loss:
     def loss(net: nn.Module, g: torch.Generator) -> Tensor:
         at = torch.randint(len(x), (batch,), generator=g)
         return F.cross_entropy(net(x[at]), y[at])
@@ -146,7 +161,7 @@ def _label(x: Tensor, y: Tensor, batch: int) -> Callable[[nn.Module, torch.Gener
     return loss
 
 
-def _noise(x: Tensor, _: Tensor, batch: int) -> Callable[[nn.Module, torch.Generator], Tensor]:
+def _noise(x: Tensor, _: Tensor, batch: int) -> Loss:
     def loss(net: nn.Module, g: torch.Generator) -> Tensor:
         clean = x[torch.randint(len(x), (batch,), generator=g)]
         t, noise = torch.rand(batch, generator=g), torch.randn(clean.shape, generator=g)
