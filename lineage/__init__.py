@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from lineage.checkpoint import open_checkpoint
     from lineage.clustering import cluster
     from lineage.delta import svd
+    from lineage.extraction import extract
     from lineage.inspection import inspect
     from lineage.merging import apply, merge
+    from lineage.resizing import resize
 
 _EXPORTS = {
     "open_checkpoint": "lineage.checkpoint",
@@ -19,9 +21,11 @@ _EXPORTS = {
     "open_adapter": "lineage.adapters",
     "merge": "lineage.merging",
     "apply": "lineage.merging",
+    "extract": "lineage.extraction",
+    "resize": "lineage.resizing",
 }
 
-__all__ = ["apply", "cluster", "inspect", "merge", "open_adapter", "open_checkpoint", "svd"]
+__all__ = ["apply", "cluster", "extract", "inspect", "merge", "open_adapter", "open_checkpoint", "resize", "svd"]
 
 
 def __getattr__(name: str) -> Any:

@@ -152,7 +152,7 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if native and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def _random(shape: tuple[int, ...], seed: int, like: Tensor, sign: bool = False) -> Tensor:
+def random_matrix(shape: tuple[int, ...], seed: int, like: Tensor, sign: bool = False) -> Tensor:
     """Gaussian or random-sign matrix, the same on every device."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return (x.sign() if sign else x).to(like)
@@ -178,7 +178,7 @@ def gram(a: Tensor, dtype: torch.dtype, blocks: int = 8) -> Tensor:
 def gram_error(a: Tensor, g: Tensor, columns: int = 512) -> Tensor:
     """Estimate of ||G - A A^T||_F for a stack of wide matrices: (b,), root mean square over random sign vectors z of
     ||G z - A (A^T z)||, in float64 (Hutchinson 1990)."""
-    z = _random((a.shape[-2], PROBES), 1, g, sign=True).double()
+    z = random_matrix((a.shape[-2], PROBES), 1, g, sign=True).double()
     image = torch.zeros(*a.shape[:-1], PROBES, dtype=torch.float64, device=a.device)
     for part in a.split(columns, dim=-1):
         part = part.double()
@@ -213,7 +213,7 @@ def solve_full(a: Tensor) -> list[Spectrum]:
     return [Spectrum(s, t, (a.shape[-2], a.shape[-1]), "full") for s, t in zip(values, totals, strict=True)]
 
 
-def _orthonormal(y: Tensor) -> Tensor:
+def orthonormal(y: Tensor) -> Tensor:
     return torch.linalg.qr(y.float()).Q
 
 
@@ -246,8 +246,8 @@ def solve_randomized(
     columns = min(rank + OVERSAMPLE, wide.shape[-2])
     totals = squared_norms(a)
     fast = wide.to(fast_dtype(a.device.type))
-    y = product(fast, _random((wide.shape[-1], columns + PROBES), 2, fast)).float()
-    q = _orthonormal(y[..., :columns])
+    y = product(fast, random_matrix((wide.shape[-1], columns + PROBES), 2, fast)).float()
+    q = orthonormal(y[..., :columns])
     probe = y[..., columns:]
     left = (probe - product(q, product(q.mT, probe))).double().square().sum((-1, -2)) / PROBES
     hope = left <= hopeless * totals
@@ -267,7 +267,7 @@ def _iterate(
     wide: Tensor, fast: Tensor, q: Tensor, totals: Tensor, edges: list[float], tolerance: float
 ) -> list[Spectrum]:
     for _ in range(POWER_STEPS):
-        q = _orthonormal(product(fast, product(fast.mT, q.to(fast.dtype))))
+        q = orthonormal(product(fast, product(fast.mT, q.to(fast.dtype))))
         found = _leading(wide, q, totals)
         if not _unresolved(found, edges, tolerance):
             break

@@ -72,9 +72,10 @@ class Target:
 
     def reserve(self, size: int) -> None:
         """Take `size` bytes of the disk at once, where the system can: writing them is faster, and does not run out."""
-        if hasattr(os, "posix_fallocate"):
+        allocate = getattr(os, "posix_fallocate", None)  # not on every system
+        if allocate:
             try:
-                os.posix_fallocate(self._raw.fileno(), 0, size)
+                allocate(self._raw.fileno(), 0, size)
             except OSError as e:
                 if e.errno in _FULL:
                     raise

@@ -7,7 +7,9 @@ from typing import Any
 
 from lineage.cluster_result import ClusterResult
 from lineage.errors import LineageError
+from lineage.extract_result import AdapterResult
 from lineage.results import MergeResult, SvdResult
+from reports.adapter_page import adapter_page
 from reports.cluster_page import cluster_page
 from reports.merge_page import merge_page
 from reports.page import Page, assemble
@@ -20,6 +22,7 @@ PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "svd": (SvdResult, svd_page),
     "merge": (MergeResult, merge_page),
     "cluster": (ClusterResult, cluster_page),
+    "adapter": (AdapterResult, adapter_page),
     "rates": (RatesResult, rates_page),
 }
 
