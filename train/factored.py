@@ -32,14 +32,13 @@ Form: TypeAlias = Literal["apart", "merged", "built"]
 MERGEABLE = (torch.float32, torch.float64)
 ONEDNN = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_FROM = 2**20  # multiply-adds, under which its start costs more than it saves
-HALF_SHIFT = 16.0  # moved from right to left in float16, where a left factor of a young network would be subnormal
 START = 2**23  # operations in the time that the calls for Khatri-Rao factors and their gradients take
 TOUCH = 16  # operations in the time that one entry of a matrix in memory is read or written
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (m, k) @ b (k, n) + bias (n,). Large float32 products on an x86 processor go through oneDNN, which torch has for
-    convolutions: MKL, which it takes for matrices, needed about twice the time on an AMD processor."""
+    """a (m, k) @ b (k, n) + bias (n,). Large float32 products on an x86 processor go through oneDNN, which torch takes
+    for convolutions: MKL, which it takes for matrices, needed about twice the time on an AMD processor."""
     large = a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_FROM
     if ONEDNN and large and a.dtype == torch.float32 and a.device.type == "cpu":
         return torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], "")
@@ -231,31 +230,22 @@ def _merged(weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return torch.addmm(weight.flatten(1).to(v.dtype), u.mT, v).view(weight.shape)
 
 
-def _shifts(scale: float, dtype: torch.dtype) -> tuple[float, float]:
-    """What the first left and the first right factor are multiplied by; together `scale`."""
-    shift = HALF_SHIFT if dtype == torch.float16 else 1.0
-    return shift, scale / shift
-
-
 def _expanded(factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """u (R, out), v (R, columns) with u^T v = scale * delta: the factors themselves, or their Khatri-Rao products."""
-    up, down = _shifts(scale, dtype)
-    u, v = factors[0].mT if up == 1 else factors[0].mT * up, factors[1] * down
+    u, v = factors[0].mT, factors[1] * scale
     if len(factors) == 4:
         u, v = _khatri_rao(u.contiguous(), factors[2].mT.contiguous()), _khatri_rao(v, factors[3])
     return u.to(dtype), v.to(dtype)
 
 
 def _expanded_backward(factors: Sequence[Tensor], scale: float, du: Tensor, dv: Tensor) -> list[Tensor]:
-    """Gradients of the factors from those of u and v."""
-    up, down = _shifts(scale, du.dtype)
-    du, dv = du.to(factors[0].dtype), dv.to(factors[1].dtype)
-    lefts, rights = [du], [dv]
-    if len(factors) == 4:
-        lefts = _khatri_rao_backward(du, factors[0].mT.contiguous(), factors[2].mT.contiguous(), up)
-        rights = _khatri_rao_backward(dv, factors[1], factors[3], down)
-    first = [lefts[0].mT if up == 1 else lefts[0].mT * up, rights[0].mul_(down)]
-    return [*first, *(d for d in (lefts[1].mT, rights[1]))] if len(factors) == 4 else first
+    """Gradients of the factors from those of u and v, which are used up."""
+    du, dv = du.to(factors[0].dtype), dv.to(factors[1].dtype).mul_(scale)
+    if len(factors) == 2:
+        return [du.mT, dv]
+    left1, left2 = _khatri_rao_backward(du, factors[0].mT.contiguous(), factors[2].mT.contiguous())
+    right1, right2 = _khatri_rao_backward(dv, factors[1], factors[3])
+    return [left1.mT, right1, left2.mT, right2]
 
 
 def _khatri_rao(a: Tensor, b: Tensor) -> Tensor:
@@ -263,10 +253,10 @@ def _khatri_rao(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] * b).flatten(0, 1)
 
 
-def _khatri_rao_backward(d: Tensor, a: Tensor, b: Tensor, scale: float) -> list[Tensor]:
-    """Gradients of a and, `a` having been scaled, of b; `d` is used up."""
+def _khatri_rao_backward(d: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a and b from that of their product, which is used up."""
     d = d.view(len(a), len(b), -1)
-    return [(d * b).sum(1), d.mul_(a[:, None]).sum(0).mul_(scale)]
+    return (d * b).sum(1), d.mul_(a[:, None]).sum(0)
 
 
 def _built(call: _Call, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Sequence[Tensor]) -> Tensor:
