@@ -18,7 +18,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,engines,dev]'
 	# --no-deps: only the tokenizer's vocabulary in it is used, and it would bring torchvision and timm
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt open_clip_torch
 	touch $@

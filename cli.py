@@ -303,7 +303,8 @@ def _weighted(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-FILE = click.option("-o", "--output", "file", required=True, type=click.Path(path_type=Path), metavar="FILE")
+ADAPTER = click.Path(path_type=Path)
+FILE = click.option("-o", "--output", "file", required=True, type=ADAPTER, metavar="FILE", help="The new adapter.")
 REPORT = click.option(
     "--report", "output", type=click.Path(path_type=Path), metavar="DIR", help="Write result.json and report.html here."
 )
@@ -314,14 +315,26 @@ ENERGY = click.option("--energy", type=float, metavar="SHARE", help="The fewest 
 @click.argument("base", type=EXISTING)
 @click.argument("tuned", type=EXISTING)
 @FILE
-@click.option("--kind", default="locon", show_default=True, type=click.Choice(["locon", "lora", "loha"]))
+@click.option(
+    "--kind",
+    default="locon",
+    show_default=True,
+    type=click.Choice(["locon", "lora", "loha"]),
+    help="lora holds transformers' Linear and 1x1 layers only.",
+)
 @click.option("--rank", type=click.IntRange(1), help="Of every module; default 64, LoHa 8.")
 @ENERGY
 @click.option("--signal", is_flag=True, help="As many ranks as stand out of storage rounding, layer by layer.")
 @click.option("--conv-rank", type=click.IntRange(1), help="Of convolutions; default as --rank.")
 @click.option("--component", "components", multiple=True, help="Only this one (unet, text_encoder, ...); repeatable.")
 @click.option("--diffs", is_flag=True, help="Store whole what has no factors: norms, biases, the outermost layers.")
-@click.option("--dtype", default="float16", show_default=True, type=click.Choice(["float16", "bfloat16", "float32"]))
+@click.option(
+    "--dtype",
+    default="float16",
+    show_default=True,
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Of the factors.",
+)
 @_options(REPORT, FORCE, JSON, VERBOSE, QUIET, DEVICE, check=RESULT_FILES)
 def extract(run: Run, base: Path, tuned: Path, file: Path, **options):
     """An adapter (kohya's names) out of the change from BASE to TUNED, written as FILE; what it lacks is listed."""

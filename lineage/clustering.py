@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import date
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed, parallel_config
 
 from lineage.ancestry import grow
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.cluster_records import Found, records
 from lineage.cluster_result import ClusterResult
 from lineage.copies import permuted
-from lineage.errors import FileError, LineageError, MissingExtra
+from lineage.errors import FileError, LineageError
 from lineage.evidence import Declared, Identity, declared, read_dates
 from lineage.exact import LIMIT, choose, exact_gram
 from lineage.families import kin as kinship
 from lineage.families import trees
-from lineage.fingerprint import Fingerprint, fingerprint
+from lineage.fingerprint import Fingerprint, fingerprints
 from lineage.folder import Folder, Item, scan
 from lineage.gram import Gram, shared, sketch_gram
 from lineage.kin import Ancestry, Kin
@@ -98,7 +95,7 @@ def cluster(
     (ancestry.SOURCES). LineageError for a folder without models and for names that are no model of it."""
     began = time.monotonic()
     scanned = scan(folder, also=add)
-    models = _models(scanned, cache, engine, address, progress)
+    models, scanned = _models(scanned, cache, engine, address, progress)
     names = [m.name for m in models]
     added = None if add is None else _added(scanned, Path(add))
     if base is not None and base not in names:
@@ -116,21 +113,22 @@ def cluster(
 
 def _models(
     scanned: Folder, cache: str | Path | None, engine: str | None, address: str | None, progress: Progress | None
-) -> list[Model]:
-    """The folder's full models with their fingerprints, in an order that only their content decides."""
+) -> tuple[list[Model], Folder]:
+    """The folder's full models with their fingerprints, in an order that only their content decides; and the folder,
+    where those that could not be read to the end count as unreadable."""
     items = scanned.of("model")
     if not items:
         raise LineageError(f"{scanned.path}: no models in it. Name the folder that holds the checkpoints.")
-    where = Path(cache) if cache else None
-    found = []
-    with backend(engine, address) as jobs:
-        parallel: Any = Parallel(jobs, return_as="generator")
-        prints = parallel(delayed(fingerprint)(item.path, cache=where) for item in items)
-        for item, own in zip(items, prints, strict=True):
-            found.append(Model(item.name, item.path, own, item))
-            if progress:
-                progress(len(found), len(items), item.name)
-    return sorted(found, key=lambda m: (m.print.sha256, m.name))
+    paths, where = [item.path for item in items], Path(cache) if cache else None
+    prints, reasons = fingerprints(paths, cache=where, engine=engine, address=address, progress=progress)
+    found = [Model(item.name, item.path, prints[item.path], item) for item in items if item.path in prints]
+    told = tuple(
+        replace(item, bucket="unreadable", reason=reasons[item.path]) if item.path in reasons else item
+        for item in scanned.items
+    )
+    if not found:
+        raise LineageError(f"{scanned.path}: none of its models can be read. {next(iter(reasons.values()))}")
+    return sorted(found, key=lambda m: (m.print.sha256, m.name)), replace(scanned, items=told)
 
 
 def _added(scanned: Folder, path: Path) -> str:
@@ -139,31 +137,6 @@ def _added(scanned: Folder, path: Path) -> str:
     if item.bucket != "model":
         raise FileError(path, f"is no model ({item.kind or item.bucket}: {item.reason}).", "Give a full checkpoint.")
     return item.name
-
-
-@contextmanager
-def backend(engine: str | None, address: str | None) -> Iterator[int]:
-    """joblib's backend for as long as the context lasts; yields the number of jobs."""
-    if engine is None:
-        yield 1
-    elif engine == "ray":
-        _extra("ray").init(address=address, ignore_reinit_error=True, log_to_driver=False)
-        _extra("ray.util.joblib").register_ray()
-        with parallel_config("ray"):
-            yield -1
-    elif engine == "dask":
-        with _extra("distributed").Client(address), parallel_config("dask"):
-            yield -1
-    else:
-        raise LineageError(f"engine {engine!r}: choose ray or dask, or leave it out.")
-
-
-def _extra(module: str) -> Any:
-    """An optional package; MissingExtra where it is not installed."""
-    try:
-        return import_module(module)
-    except ImportError as e:
-        raise MissingExtra("cluster", "ray" if module.startswith("ray") else "dask", module) from e
 
 
 def _said(models: Sequence[Model]) -> list[Declared]:
