@@ -39,10 +39,22 @@ TOUCH = 16  # operations in the time that one entry of a matrix in memory is rea
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) @ b (k, n) + bias (n,). Large float32 products on an x86 processor go through oneDNN, which torch takes
     for convolutions: MKL, which it takes for matrices, needed about twice the time on an AMD processor."""
-    large = a.shape[0] * a.shape[1] * b.shape[1] >= ONEDNN_FROM
-    if ONEDNN and large and a.dtype == torch.float32 and a.device.type == "cpu":
+    if _onednn(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.mT, bias, "none", [], "")
     return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of a (T, m), b (T, n). Where T is long, oneDNN's gradient of a 1x1 kernel, which spares turning them."""
+    if not _onednn(a.mT, b) or len(a) < max(a.shape[1], b.shape[1]):
+        return product(a.mT, b)
+    g, x = (t.reshape(1, len(t), 1, -1).permute(0, 3, 1, 2) for t in (a, b))
+    return POINT.weight_grad(g, x, (a.shape[1], b.shape[1], 1, 1)).flatten(1)
+
+
+def _onednn(a: Tensor, b: Tensor) -> bool:
+    large = a.numel() * b.shape[1] >= ONEDNN_FROM
+    return ONEDNN and large and a.dtype == torch.float32 and a.device.type == "cpu"
 
 
 class LinearOp:
@@ -66,7 +78,7 @@ class LinearOp:
         return self(g, weight.mT)
 
     def weight_grad(self, g: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
-        return product(g.flatten(0, -2).mT, x.flatten(0, -2))
+        return transposed_product(g.flatten(0, -2), x.flatten(0, -2))
 
     def mix_grad(self, z: Tensor, g: Tensor) -> Tensor:
         return self.weight_grad(z, g, ())
@@ -107,6 +119,7 @@ class ConvOp:
 
 
 Op: TypeAlias = LinearOp | ConvOp
+POINT = ConvOp((1, 1), (0, 0), (1, 1))
 
 
 def op_of(module: nn.Linear | nn.Conv2d) -> Op:
