@@ -30,7 +30,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 fast: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not rehearsal"
 
 check: setup
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ def test_figures_agree_with_numpy(pair, solver):
 def test_planted_rank_is_seen_through_float16(pair):
     found = layers(lineage.svd(*pair[:2]))
     assert found["layers.0.weight"].signal_rank == 5
-    assert found["layers.0.weight"].signal_energy["8"] == pytest.approx(1)
+    assert (found["layers.0.weight"].signal_energy or {})["8"] == pytest.approx(1)
     assert found["layers.2.weight"].signal_rank == 0
     assert found["layers.2.weight"].solver == "identical"
     assert not found["layers.2.weight"].below_storage_precision

@@ -53,8 +53,8 @@ def extract(models: Path, output: Path, **options: Any):
     return lineage.extract(models / "base.safetensors", models / "tuned.safetensors", output, **options)
 
 
-def matrix(rows: int, columns: int, decay: float, seed: int = 0) -> Tensor:
-    g, short = generator(seed), min(rows, columns)
+def matrix(rows: int, columns: int, decay: float) -> Tensor:
+    g, short = generator(0), min(rows, columns)
     u, v = (torch.linalg.qr(torch.randn(n, short, generator=g)).Q for n in (rows, columns))
     return (u * torch.arange(1, short + 1) ** -decay) @ v.mT
 
@@ -62,7 +62,7 @@ def matrix(rows: int, columns: int, decay: float, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(320, 900), (900, 320), (60, 70)])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
 def test_truncation_is_within_one_per_cent_of_the_best(shape, decay):
-    delta = matrix(*shape, decay)
+    delta = matrix(shape[0], shape[1], decay)
     left, right = truncate(delta, 20)
     s = torch.linalg.svdvals(delta.double())
     best = s[20:].norm()

@@ -67,6 +67,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@pytest.mark.rehearsal
 @pytest.mark.slow
 def test_train_apply_and_sample_at_real_size(tmp_path: Path, capsys: pytest.CaptureFixture):
     def stage(work: Callable[[Path], Any]) -> Any:
