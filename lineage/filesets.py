@@ -73,8 +73,7 @@ def _below(place: Path, seen: set[str]) -> Iterator[Fileset]:
         files = [f for f in files if f not in mine]
     yield from _loose(files)
     for sub in folders:
-        if sub not in own:
-            yield from _below(sub, seen)
+        yield from _below(sub, seen)
 
 
 def _pipeline_folders(files: Sequence[Path], folders: Sequence[Path]) -> list[Path]:

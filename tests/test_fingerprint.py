@@ -68,7 +68,7 @@ def test_moments_are_those_of_the_values(dtype, n):
 def test_rounding_energy_is_that_of_numpys_spacing(dtype, n):
     x = (np.random.default_rng(1).standard_normal(n) * 0.02).astype(dtype)
     expected = (np.spacing(np.abs(x)).astype(np.float64) ** 2).sum() / 12
-    assert moments(torch.from_numpy(x)).rounding_energy == pytest.approx(expected)
+    assert moments(torch.from_numpy(x)).rounding_energy == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 def test_rounding_energy_is_what_rounding_costs():
@@ -87,6 +87,13 @@ def test_the_values_hash_knows_no_order_but_every_value(dtype, n):
     other[n // 2] = x[n // 2] == 0
     assert moments(x[order]).values_hash == moments(x).values_hash
     assert moments(other).values_hash != moments(x).values_hash
+
+
+def test_the_hash_of_a_tensor_knows_the_order(tmp_path):
+    x = draw(PART + 50)
+    prints = [fingerprint(save(tmp_path / f"{i}.safetensors", w=t)).tensors[0] for i, t in enumerate((x, x.flip(0), x))]
+    assert prints[0].hash == prints[2].hash != prints[1].hash
+    assert prints[0].values_hash == prints[1].values_hash
 
 
 def test_constant_tensors_have_no_shape():
@@ -210,6 +217,25 @@ def test_parameters_meet_different_slots_and_seeds_are_different_hashes():
     assert len(set(sketches.values())) == 3
 
 
+def test_equal_rows_do_not_meet_with_equal_signs():
+    """With few sequences of signs, some of these hashes would add two whole rows up: errors of 3 %."""
+    x = torch.ones(64 * ROW)
+    for seed in range(900, 940):
+        h = Hash("w", len(x), SLOTS, seed)
+        h.take(x)
+        assert (h.sketch() ** 2).sum() == pytest.approx(len(x), rel=5 * (2 / SLOTS) ** 0.5)
+
+
+def test_small_parameters_are_spread_over_the_slots_and_sum_exactly():
+    sketches = []
+    for i in range(300):
+        h = Hash(f"layers.{i}.scale", 1, 1024)
+        h.take(torch.tensor([0.1 * (i + 1)]))
+        sketches.append(h.sketch())
+    assert np.count_nonzero(sum(sketches)) > 200
+    np.testing.assert_array_equal(sum(sketches), sum(reversed(sketches)))
+
+
 @pytest.mark.parametrize("n", [100, 2 * ROW])
 def test_a_folded_sketch_is_the_sketch_with_fewer_slots(n):
     x = draw(n)
@@ -290,9 +316,9 @@ def test_damaged_entries_are_made_anew(tmp_path, own_cache, damage):
     assert len(entries) == 2
     for entry in entries:
         entry.write_bytes(damage(entry.read_bytes()))
-    second = fingerprint(path)
-    assert (second.sha256, second.tensors) == (first.sha256, first.tensors)
-    assert all(Cache._read(e) is not None for e in entries)
+        second = fingerprint(path)
+        assert (second.sha256, second.tensors) == (first.sha256, first.tensors)
+        assert Cache._read(entry) is not None
 
 
 def test_an_entry_is_small(tmp_path, own_cache):

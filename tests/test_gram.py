@@ -100,7 +100,7 @@ def test_order_and_names_of_files_change_nothing(tmp_path):
 def test_layouts_compare(tmp_path):
     """A single file and a diffusers folder of the same model differ nowhere; their fused and flattened weights too."""
     torch.manual_seed(0)
-    for kind in ("sd1", "sd2"):
+    for kind in ("sd1", "sd2", "sdxl"):
         parts = states(tiny(kind))
         folder = tmp_path / kind
         for component, state in parts.items():
