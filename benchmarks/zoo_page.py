@@ -242,7 +242,7 @@ def page(
             held_out(judged),
             "## Size of the change, depth, architecture",
             "",
-            "Change over rounding: norm of the change (from the nearest parent) over that of the rounding of both files.",
+            "Change over rounding: norm of the change (from the nearest parent) over that of both files' rounding.",
             "",
             parts(judged, "change over rounding", lambda j: band(j.row["ratio"], (1, 2, 4, 8, 16, 64, 1000))),
             parts(judged, "relative change", lambda j: band(j.row["delta"], (0.001, 0.003, 0.01, 0.03, 0.1))),
