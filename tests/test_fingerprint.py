@@ -229,10 +229,10 @@ def test_equal_rows_do_not_meet_with_equal_signs():
 def test_small_parameters_are_spread_over_the_slots_and_sum_exactly():
     sketches = []
     for i in range(300):
-        h = Hash(f"layers.{i}.scale", 1, 1024)
-        h.take(torch.tensor([0.1 * (i + 1)]))
+        h = Hash(f"layers.{i}.scale", 1, 512)
+        h.take(torch.tensor([0.1 * 10.0 ** -(i % 15)], dtype=torch.float64))
         sketches.append(h.sketch())
-    assert np.count_nonzero(sum(sketches)) > 200
+    assert np.count_nonzero(sum(sketches)) > 150
     np.testing.assert_array_equal(sum(sketches), sum(reversed(sketches)))
 
 
