@@ -1,7 +1,7 @@
 """A zoo of small networks with known lineage, and how well `lineage cluster` and its rivals read it.
 
-    python benchmarks/zoo.py make [--size dev|full] [--plain]       trains; kill it at any time and run it again
-    python benchmarks/zoo.py score [--size dev|full] [-o docs/cluster_benchmark.md] [--half tune] [--failures FILE]
+    python benchmarks/zoo.py make [--size dev|full|large] [--plain]   trains; kill it at any time and run it again
+    python benchmarks/zoo.py score [--size ...] [--half tune] [-o docs/cluster_benchmark.md] [--failures FILE]
 
 Networks lie in benchmarks/data/zoo-SIZE/{tune,report}, what was taken out of those folders in .../removed, and all that
 is true of them in truth.json. sd-mecha and mergekit make some of the merges (`--plain`: all by the plain script).
@@ -139,6 +139,13 @@ def build(options: argparse.Namespace) -> None:
     print(f"\n{len(specs)} networks in {options.zoo}", file=sys.stderr)
 
 
+def score(options: argparse.Namespace) -> None:
+    if options.failures:
+        return write_failures(options)
+    text = document(options)
+    options.output.write_text(text, encoding="utf-8") if options.output else print(text)
+
+
 def write_failures(options: argparse.Namespace) -> None:
     truth, folder = zoo_truth.read(options.zoo, options.half), options.zoo / options.half
     judged = judge(truth, ours(folder, options.zoo / "cache"))
@@ -190,7 +197,7 @@ def say(words: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("make", "score"))
+    parser.add_argument("verb", nargs="?", choices=("make", "score"), help="default: one after the other")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--roots", type=int, help="fewer trees than the size has")
     parser.add_argument("--plain", action="store_true", help="make all merges by the plain script")
@@ -200,13 +207,10 @@ def main() -> None:
     options = parser.parse_args()
     options.zoo = zoo_train.DATA / f"zoo-{options.size}"
     torch.set_num_threads(1)
-    if options.verb == "make":
+    if options.verb != "score":
         build(options)
-    elif options.failures:
-        write_failures(options)
-    else:
-        text = document(options)
-        options.output.write_text(text, encoding="utf-8") if options.output else print(text)
+    if options.verb != "make":
+        score(options)
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def page(
             ablations(truth, without),
             "## The same files otherwise",
             "",
-            same(answer, others),
+            same(truth, answer, others),
             "## What says nothing",
             "",
             signals(truth),
@@ -266,13 +266,16 @@ def page(
     )
 
 
-def same(answer: Answer, others: Mapping[str, Answer]) -> str:
-    """How many edges stay."""
-    edges = {(c.parent, c.child, c.relation) for c in answer.claims}
-    rows = []
-    for name, a in others.items():
-        found = {(c.parent, c.child, c.relation) for c in a.claims}
-        rows.append((name, share(len(edges & found), len(edges)), len(found - edges)))
+def same(truth: Truth, answer: Answer, others: Mapping[str, Answer]) -> str:
+    """How many edges stay; an edge without a direction has none here, and identical copies are one node."""
+
+    def edges(a: Answer) -> set[object]:
+        claims = (j.claim for j in judge(truth, a) if j.claim)
+        return {(c.relation, (c.parent, c.child) if c.directed else frozenset((c.parent, c.child))) for c in claims}
+
+    usual = edges(answer)
+    found = {name: edges(a) for name, a in others.items()}
+    rows = [(name, share(len(usual & there), len(usual)), len(there - usual)) for name, there in found.items()]
     return table(("", "edges that stay", "new edges"), rows)
 
 
@@ -294,11 +297,12 @@ def missed(truth: Truth, answer: Answer, judged: Sequence[Judged]) -> list[str]:
     return [f"{name} {value:.3f} of {aim}" for name, (value, aim) in aims.items() if not value >= aim]
 
 
-INTRODUCTION = """`{command}` wrote this page; networks, truth and baselines are made by `benchmarks/zoo*.py`.
+INTRODUCTION = """`{command}` wrote this page from networks that
+`python benchmarks/zoo.py make` had trained; truth, scores and baselines are in `benchmarks/zoo_*.py`.
 
 The files judged here: {nodes} networks (identical copies counted once) of {tree} roots and {arch} architectures with
-{edges} edges, in one folder, metadata off. They are the odd trees; thresholds were chosen on the even ones and on other
-zoos. Every root is trained from its own initialisation on real data (Python's sources and licences, scikit-learn's
+{edges} edges, in one folder, metadata off. They are the odd trees; the even ones are for choosing thresholds.
+Every root is trained from its own initialisation on real data (Python's sources and licences, scikit-learn's
 digits, drawn avatars), every fine-tune by a real optimiser from its parent's file. An edge counts as found when the
 pair is found; its direction is judged apart. Children of a file that was taken out hang from its nearest ancestor that
 is there. A claim that is no true edge counts under the properties of the child it claims. Intervals of shares are
