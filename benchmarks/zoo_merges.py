@@ -23,9 +23,8 @@ def merge(parents: Parents, settings: Settings, seed: int) -> State:
     try:
         return MAKERS[settings["tool"]][settings["method"]](parents, settings)
     except ImportError as e:
-        raise SystemExit(
-            f"The zoo's merges need {e.name}: pip install sd-mecha mergekit (`--plain` does without)."
-        ) from e
+        words = f"{e.name} is missing: pip install --no-deps sd-mecha mergekit, or make the zoo with --plain."
+        raise SystemExit(words) from e
 
 
 def each(rule: Callable[[list[Tensor], Settings, str], Tensor]) -> Callable[[Parents, Settings], State]:
