@@ -94,7 +94,8 @@ def test_a_turned_edge_is_found_but_not_right():
     assert (directions(judged).right, directions(judged).wrong) == (len(truth.edges) - 1, 1)
     left_open = [replace(c, directed=False) for c in turned]
     assert all(j.right for j in judge(truth, replace(answer, claims=left_open)))
-    assert directions(judge(truth, replace(answer, claims=left_open))).open == len(truth.edges)
+    d = directions(judge(truth, replace(answer, claims=left_open)))
+    assert (d.right, d.open) == (0, len(truth.edges))
 
 
 def test_misses_and_false_claims_count_once_each():
