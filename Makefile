@@ -38,7 +38,8 @@ check: setup
 	$(BIN)/pyright
 
 bench: setup
-	set -e; for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark; done
+	set -e; for name in svd signal_rank merge scan lora_step; do $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/zoo.py --plain
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

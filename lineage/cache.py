@@ -12,10 +12,10 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from lineage import hashing
 from lineage.errors import FileError
-from lineage.hashing import sha256
 from lineage.target import Target
 
 _MAGIC = b"lineage1"
@@ -50,9 +50,15 @@ def cached_sha256(path: str | os.PathLike, cache: Cache | None = None) -> str:
     known = cache.known(path)
     if known is None:
         before = state_of(path)
-        known = sha256(path)
+        known = hashing.sha256(path)
         cache.remember(path, before, known)
     return known
+
+
+def identify(path: str | os.PathLike) -> dict[str, Any]:
+    """What a result says of an input: its name, bytes and sha256."""
+    path = Path(path)
+    return {"path": path.name, "bytes": hashing.size(path), "sha256": cached_sha256(path)}
 
 
 def begin(*paths: str | os.PathLike) -> None:

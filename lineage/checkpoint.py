@@ -6,17 +6,16 @@ its format allows; `close` drops the maps, so that the file can be replaced (Win
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lineage.errors import FileError
 from lineage.keys import EMA_PREFIX, Param, architecture_of, canonical, layout_of
 from lineage.raw import Raw, Spec, open_parts
+from lineage.sidecars import json_of, text_of
 
 __all__ = ["Checkpoint", "Spec", "open_checkpoint"]
 
@@ -57,7 +56,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def _model_type(self) -> str:
-        return str(_json(self.path / "config.json").get("model_type") or "") if self.path.is_dir() else ""
+        return str(json_of(self.path / "config.json").get("model_type") or "") if self.path.is_dir() else ""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -104,28 +103,10 @@ def _said_beside(path: Path) -> str | None:
     """Prediction type from a diffusers scheduler config, or from `parameterization` in a yaml beside a file."""
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        return str(_json(scheduler).get("prediction_type", "epsilon"))
+        return str(json_of(scheduler).get("prediction_type", "epsilon"))
     yaml = path.with_suffix(".yaml")
     if not path.is_file() or not yaml.is_file():
         return None
-    lines = (line.partition(":") for line in _text(yaml).splitlines())
+    lines = (line.partition(":") for line in text_of(yaml).splitlines())
     values = (value.strip(" \"'") for key, _, value in lines if key.strip() == "parameterization")
     return next(values, "epsilon")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty where there is none that can be read."""
-    try:
-        found = json.loads(_text(path))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text(path: Path) -> str:
-    """A small text file; empty where there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read(2**20)
-    except OSError:
-        return ""

@@ -7,17 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lineage.adapters import Factors, bind, is_adapter, open_adapter
-from lineage.cache import begin, cached_sha256
+from lineage.cache import begin, identify
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.claim import summarise
 from lineage.errors import LineageError
-from lineage.hashing import size
 from lineage.keys import Param
 from lineage.layers import Facts, Seen, Sums
 from lineage.pairs import Pair, comparable, difference, pick_device, stream_pairs
@@ -112,7 +110,7 @@ def svd(
     begin(*paths.values())
     with exact_float32(), torch.inference_mode():
         found = _measure(base, tuned, options)
-    inputs = {role: identify(Path(path)) for role, path in paths.items()}
+    inputs = {role: identify(path) for role, path in paths.items()}
     return SvdResult(
         provenance("svd", inputs, str(options.device), seconds=round(time.monotonic() - start, 3)),
         Path(base).name if base is not None else "",
@@ -239,8 +237,3 @@ def _module(name: str, factors: Factors) -> Param:
     """A stand-in for the base's parameter where no base is given: the adapter's own module name."""
     component = next((c for prefix, c in MODULE_COMPONENTS.items() if name.startswith(prefix)), "model")
     return Param(name, name, tuple(factors.shape), torch.float32, component, "", "")
-
-
-def identify(path: Path) -> dict[str, Any]:
-    """What a result says of an input: its name, bytes and sha256."""
-    return {"path": path.name, "bytes": size(path), "sha256": cached_sha256(path)}

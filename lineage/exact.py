@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lineage.cache import Cache
 from lineage.checkpoint import Checkpoint, open_checkpoint
-from lineage.delta import pick_device
 from lineage.errors import LineageError
 from lineage.fingerprint import Fingerprint, fingerprint
 from lineage.gram import Gram, facts, shared, sketch_gram
 from lineage.moments import tame
+from lineage.pairs import pick_device
 from lineage.raw import SafetensorsRaw
 from lineage.reading import leaves
 from lineage.spectrum import exact_float32

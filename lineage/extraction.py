@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lineage.adapters import BIAS, Factors, is_adapter, save_adapter
-from lineage.cache import begin, cached_sha256
+from lineage.cache import begin, identify
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.errors import FileError, LineageError
 from lineage.extract_result import AdaptedLayer, AdapterResult, LeftOut
 from lineage.factors import factors
-from lineage.hashing import sha256, short_hash, size
+from lineage.hashing import sha256, short_hash
 from lineage.keys import Param
 from lineage.layers import Seen, Sums, matrix_shape
 from lineage.pairs import Pair, comparable, difference, pick_device, stream_pairs
@@ -131,33 +132,106 @@ def extract(
         raise LineageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
     began, output, chosen = time.monotonic(), check_output(output, force), pick_device(device)
     begin(base, tuned)
-    with ExitStack() as stack:
-        stack.enter_context(exact_float32())
-        first, second = (stack.enter_context(open_model(path)) for path in (base, tuned))
+    with exact_float32(), open_model(base) as first, open_model(tuned) as second:
         pairs, unmatched = comparable(first, second, tuple(components) if components else None)
-        made = list(_made(first, second, pairs, choice, chosen, DTYPES[dtype], diffs, progress))
-        architecture = first.architecture
-    modules = {m.module: m.factors for m in made if m.factors is not None}
+        changed = Extraction(first, choice, DTYPES[dtype], diffs, _noise(pairs, choice, chosen))
+        made = changed.run(second, pairs, chosen, progress)
     if not any(m.layer for m in made):
-        raise LineageError(
-            f"{tuned}: no weight that adapters change differs from {base}. `lineage svd` shows the rest."
-        )
-    identities = {r: _identity(Path(p)) for r, p in {"base": base, "tuned": tuned}.items()}
-    save_adapter(output, modules, metadata(Path(base), identities["base"]["sha256"], architecture, choice, output.stem))
+        advice = "`lineage svd` shows the rest."
+        raise LineageError(f"{tuned}: no weight that adapters change differs from {base}. {advice}")
+    inputs = {"base": identify(base), "tuned": identify(tuned)}
+    modules = {m.module: m.factors for m in made if m.factors is not None}
+    save_adapter(output, modules, metadata(first, inputs["base"]["sha256"], choice, output.stem))
+    seconds = round(time.monotonic() - began, 3)
     return AdapterResult(
-        provenance("extract", identities, str(chosen), seconds=round(time.monotonic() - began, 3)),
-        output.name,
-        sha256(output),
-        output.stat().st_size,
-        Path(tuned).name,
-        Path(base).name,
-        kind,
-        choice.words,
-        dtype,
-        _kept(made),
-        tuple(m.layer for m in made if m.layer),
-        (*_left_out(made), *(LeftOut(u["name"], u["reason"], None) for u in unmatched)),
+        provenance=provenance("extract", inputs, str(chosen), seconds=seconds),
+        **identify_output(output),
+        source=Path(tuned).name,
+        base=Path(base).name,
+        algorithm=kind,
+        criterion=choice.words,
+        dtype=dtype,
+        kept=_kept(made),
+        layers=tuple(m.layer for m in made if m.layer),
+        left_out=(*_left_out(made), *(LeftOut(u["name"], u["reason"], None) for u in unmatched)),
     )
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How the parameters of `base` that changed become modules of an adapter, stored as `dtype`."""
+
+    base: Checkpoint
+    choice: Choice
+    dtype: torch.dtype
+    diffs: bool
+    noise: Noise
+
+    @cached_property
+    def targets(self) -> dict[str, Target]:
+        return targets(self.base.specs)
+
+    @cached_property
+    def names(self) -> Callable[[Param], str]:
+        return module_names(self.base.specs)
+
+    def run(self, tuned: Checkpoint, pairs: list[Pair], device: torch.device, progress: Progress | None) -> list[Made]:
+        """What becomes of every parameter that differs, in the base's order."""
+        order = {p.name: i for i, (p, _) in enumerate(pairs)}
+        total, done, found = sum(p.numel for p, _ in pairs), 0, []
+        for group, part in stream_pairs(self.base, tuned, pairs, device, self.group):
+            found += part
+            done += sum(p.numel for p, _ in group)
+            if progress:
+                progress(done, total, group[-1][0].name)
+        return sorted(found, key=lambda m: order[m.param.name])
+
+    def group(self, pairs: list[Pair], base: Tensor, tuned: Tensor) -> list[Made]:
+        """Of the stacks (b, m, n); what is the same in both is left out."""
+        deltas, sums = difference(base, tuned)
+        rows = zip(pairs, deltas, base, tuned, sums, strict=True)
+        return [self.one(p, d, a, b, s) for (p, _), d, a, b, s in rows if s.delta]
+
+    def one(self, param: Param, delta: Tensor, base: Tensor, tuned: Tensor, sums: Sums) -> Made:
+        """Of one parameter: factors, its whole difference, or why neither."""
+        target = self.targets.get(param.name)
+        if not sums.finite:
+            return Made(param, 0.0, reason="holds NaN or infinity in one of the models")
+        if target is not None and self.choice.takes(target):
+            return self.factored(target, delta, sums, self.choice.dim(delta, base, tuned, target.pointwise, self.noise))
+        if self.diffs and (slot := _slot(param)):
+            stored = delta.reshape(param.shape).to(self.dtype).cpu()
+            module = self.names(param) + (BIAS if param.name.endswith(".bias") else "")
+            return Made(param, sums.delta, module, replace(factors({"diff": stored}), tensors={slot: stored}))
+        return Made(param, sums.delta, reason=_why(param, target))
+
+    def factored(self, target: Target, delta: Tensor, sums: Sums, wanted: int) -> Made:
+        """The module of one target. What is told of its error is of the factors as stored."""
+        param = target.param
+        if not wanted:
+            return Made(param, sums.delta, reason="nothing of its change stands out of storage rounding")
+        rank = min(wanted, *matrix_shape(param))
+        hadamard = self.choice.kind == "loha"
+        tensors = loha(delta, rank) if hadamard else low_rank(*truncate(delta, rank), param.shape)
+        made = factors({slot: t.to(self.dtype).cpu().contiguous() for slot, t in tensors.items()}, rank)
+        layer = AdaptedLayer(
+            name=param.name,
+            module=target.module,
+            component=param.component,
+            block=param.block,
+            shape=tuple(param.shape),
+            rank=rank,
+            wanted=wanted if wanted != rank else None,
+            relative=(sums.delta / sums.base) ** 0.5 if sums.base else None,
+            frobenius=sums.delta**0.5,
+            error=relative_error(delta.cpu(), made),
+            best_error=_best(delta, rank**2) if hadamard else None,
+        )
+        return Made(param, sums.delta, target.module, made, layer)
+
+
+def _noise(pairs: list[Pair], choice: Choice, device: torch.device) -> Noise:
+    return Noise(device, max((p.numel for p, _ in pairs if len(p.shape) > 1), default=0) if choice.signal else 0)
 
 
 def check_output(output: str | Path, force: bool) -> Path:
@@ -177,89 +251,21 @@ def open_model(path: str | Path) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def _identity(path: Path) -> dict:
-    return {"path": path.name, "bytes": size(path), "sha256": cached_sha256(path)}
-
-
-def _made(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairs: list[Pair],
-    choice: Choice,
-    device: torch.device,
-    dtype: torch.dtype,
-    diffs: bool,
-    progress: Progress | None,
-) -> Iterator[Made]:
-    """What becomes of every parameter that differs, in the base's order."""
-    known, name_of = targets(base.specs), module_names(base.specs)
-    largest = max((p.numel for p, _ in pairs if p.name in known), default=0)
-    noise = Noise(device, largest if choice.signal else 0)
-
-    def work(group: list[Pair], a: Tensor, b: Tensor) -> list[Made]:
-        deltas, sums = difference(a, b)
-        rows = zip(group, deltas, a, b, sums, strict=True)
-        return [one(p, d, x, y, s) for (p, _), d, x, y, s in rows if s.delta]
-
-    def one(param: Param, delta: Tensor, a: Tensor, b: Tensor, sums: Sums) -> Made:
-        target = known.get(param.name)
-        if not sums.finite:
-            return Made(param, 0.0, reason="holds NaN or infinity in one of the models")
-        if target is not None and choice.takes(target):
-            wanted = choice.dim(delta, a, b, target.pointwise, noise)
-            return _factored(target, delta, sums, choice.kind, wanted, dtype)
-        if diffs and (slot := _slot(param)):
-            stored = delta.reshape(param.shape).to(dtype).cpu()
-            module = name_of(param) + (BIAS if param.name.endswith(".bias") else "")
-            return Made(param, sums.delta, module, replace(factors({"diff": stored}), tensors={slot: stored}))
-        return Made(param, sums.delta, reason=_why(param, target))
-
-    order, total, done, found = {p.name: i for i, (p, _) in enumerate(pairs)}, sum(p.numel for p, _ in pairs), 0, []
-    for group, part in stream_pairs(base, tuned, pairs, device, work):
-        found += part
-        done += sum(p.numel for p, _ in group)
-        if progress:
-            progress(done, total, group[-1][0].name)
-    yield from sorted(found, key=lambda m: order[m.param.name])
-
-
-def _factored(target: Target, delta: Tensor, sums: Sums, kind: str, wanted: int, dtype: torch.dtype) -> Made:
-    """The module of one target. What is told of its error is of the factors as stored."""
-    param = target.param
-    if not wanted:
-        return Made(param, sums.delta, reason="nothing of its change stands out of storage rounding")
-    rank = min(wanted, *matrix_shape(param))
-    tensors, best = (hadamard if kind == "loha" else low_rank)(delta, rank, param.shape)
-    made = factors({slot: t.to(dtype).cpu().contiguous() for slot, t in tensors.items()}, rank)
-    layer = AdaptedLayer(
-        param.name,
-        target.module,
-        param.component,
-        param.block,
-        tuple(param.shape),
-        rank,
-        wanted if wanted != rank else None,
-        (sums.delta / sums.base) ** 0.5 if sums.base else None,
-        sums.delta**0.5,
-        relative_error(delta.cpu(), made),
-        best,
-    )
-    return Made(param, sums.delta, target.module, made, layer)
-
-
-def low_rank(delta: Tensor, rank: int, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], None]:
-    """LoRA or LoCon factors of the best truncation of delta (out, in * kernel) for a weight of `shape`."""
-    up, down = truncate(delta, rank)
+def low_rank(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """up (out, r) @ down (r, in * kernel) as the LoRA or LoCon factors of a weight of `shape`."""
     ones = [1] * (len(shape) - 2)
-    return {"lora_up.weight": up.reshape(-1, rank, *ones), "lora_down.weight": down.reshape(rank, *shape[1:])}, None
+    return {"lora_up.weight": up.reshape(*up.shape, *ones), "lora_down.weight": down.reshape(-1, *shape[1:])}
 
 
-def hadamard(delta: Tensor, rank: int, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], float]:
-    """LoHa factors, and the error of the best matrix of rank^2 ranks, which no LoHa of that dim can beat."""
-    left, right = truncate(delta, min(rank**2, *delta.shape))
-    best = float((delta - left @ right).norm() / delta.norm())
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    return dict(zip(names, fit_hadamard(delta, rank), strict=True)), best
+def loha(delta: Tensor, dim: int) -> dict[str, Tensor]:
+    """LoHa factors fitted to delta (out, in * kernel)."""
+    return dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), fit_hadamard(delta, dim), strict=True))
+
+
+def _best(delta: Tensor, rank: int) -> float:
+    """The error of the best matrix of that rank."""
+    left, right = truncate(delta, min(rank, *delta.shape))
+    return float((delta - left @ right).norm() / delta.norm())
 
 
 def relative_error(delta: Tensor, made: Factors) -> float:
@@ -295,7 +301,12 @@ def _left_out(made: Sequence[Made]) -> Iterator[LeftOut]:
             yield LeftOut(m.param.name, m.reason, m.energy / total if total else None)
 
 
-def metadata(base: Path, digest: str, architecture: str, choice: Choice, title: str) -> dict[str, str]:
+def identify_output(path: Path) -> dict[str, Any]:
+    """The fields of a result that say what was written."""
+    return {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def metadata(base: Checkpoint, digest: str, choice: Choice, title: str) -> dict[str, str]:
     """ss_* records of an extracted adapter: its kind, its dim where it is one, and the base it goes with."""
     fixed = not choice.signal and choice.energy is None
     lycoris = {"algo": choice.kind, "conv_dim": str(choice.fixed(False)) if fixed else "Dynamic"}
@@ -306,9 +317,9 @@ def metadata(base: Path, digest: str, architecture: str, choice: Choice, title: 
         "ss_network_dim": str(choice.fixed(True)) if fixed else "Dynamic",
         "ss_network_alpha": str(choice.fixed(True)) if fixed else "Dynamic",
         "ss_network_args": "{}" if choice.kind == "lora" else str(lycoris).replace("'", '"'),
-        "ss_base_model_version": VERSIONS.get(architecture),
-        "ss_sd_model_name": base.name,
-        "ss_sd_model_hash": short_hash(base) if base.is_file() else None,
+        "ss_base_model_version": VERSIONS.get(base.architecture),
+        "ss_sd_model_name": base.path.name,
+        "ss_sd_model_hash": short_hash(base.path) if base.path.is_file() else None,
         "ss_new_sd_model_hash": digest,
     }
     return {key: value for key, value in found.items() if value is not None}

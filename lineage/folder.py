@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from lineage.errors import FileError, LineageError
 from lineage.filesets import Fileset, filesets, is_weights, lone
 from lineage.fingerprint import is_weight
 from lineage.raw import PICKLES
+from lineage.sidecars import json_of, text_of
 
 Progress = Callable[[int, int, str], None]
 Weights = frozenset[tuple[str, int, int]]  # name, rows, entries
@@ -179,7 +179,7 @@ def _declared(checkpoint: Checkpoint, card: Mapping[str, str]) -> dict[str, str]
     """What a file, or what lies beside it, says of its parent."""
     found = {ours: checkpoint.metadata.get(theirs, "") for theirs, ours in _DECLARED.items()}
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    peft = _json(folder / "adapter_config.json").get("base_model_name_or_path")
+    peft = json_of(folder / "adapter_config.json").get("base_model_name_or_path")
     found["base_model"] = card.get("base_model") or (peft if isinstance(peft, str) else "")
     found["scratch"] = card.get("scratch", "")
     return {key: value for key, value in found.items() if value and value != "None"}
@@ -187,7 +187,7 @@ def _declared(checkpoint: Checkpoint, card: Mapping[str, str]) -> dict[str, str]
 
 def _card_of(one: Fileset) -> dict[str, str]:
     """base_model and license of a model card's YAML, of a list the first; and its words "trained from scratch"."""
-    text = _text(one.card) if one.card else ""
+    text = text_of(one.card) if one.card else ""
     header, scratch = _CARD.match(text), _SCRATCH.search(text)
     found, key = {"scratch": "trained from scratch"} if scratch else dict[str, str](), ""
     for line in header[1].splitlines() if header else ():
@@ -199,23 +199,6 @@ def _card_of(one: Fileset) -> dict[str, str]:
         if key in ("base_model", "license") and value:
             found.setdefault(key, value)
     return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(_text(path) or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _text(path: Path) -> str:
-    """A small text file; empty where there is none."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as f:
-            return f.read(2**20)
-    except OSError:
-        return ""
 
 
 def _grouped(found: Iterable[tuple[Item, Weights]]) -> list[Item]:

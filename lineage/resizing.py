@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from lineage.adapters import Adapter, Factors, open_adapter, save_adapter
-from lineage.cache import cached_sha256
+from lineage.cache import identify
 from lineage.errors import FileError, LineageError
 from lineage.extract_result import AdaptedLayer, AdapterResult
-from lineage.extraction import DTYPES, check_output, relative_error
+from lineage.extraction import DTYPES, check_output, identify_output, loha, low_rank, relative_error
 from lineage.factors import factors
-from lineage.hashing import sha256
 from lineage.results import provenance
 from lineage.spectrum import exact_float32
-from lineage.truncation import fit_hadamard
 
 Progress = Callable[[int, int, str], None]
 COMPONENTS = {"lora_unet_": "unet", "lora_te2_": "text_encoder_2", "lora_te": "text_encoder"}
@@ -98,21 +96,18 @@ def resize(
             if progress:
                 progress(done, len(source.modules), name)
     save_adapter(output, modules, _metadata(source, layers, kind or "locon"))
-    inputs = {"adapter": {"path": source.path.name, "bytes": source.path.stat().st_size}}
-    inputs["adapter"]["sha256"] = cached_sha256(source.path)
+    seconds = round(time.monotonic() - began, 3)
     return AdapterResult(
-        provenance("resize", inputs, seconds=round(time.monotonic() - began, 3)),
-        output.name,
-        sha256(output),
-        output.stat().st_size,
-        source.path.name,
-        "",
-        kind or "locon",
-        wanted.words,
-        dtype or "as stored",
-        _kept(layers),
-        tuple(layers),
-        (),
+        provenance=provenance("resize", {"adapter": identify(source.path)}, seconds=seconds),
+        **identify_output(output),
+        source=source.path.name,
+        base="",
+        algorithm=kind or "locon",
+        criterion=wanted.words,
+        dtype=dtype or "as stored",
+        kept=_kept(layers),
+        layers=tuple(layers),
+        left_out=(),
     )
 
 
@@ -125,23 +120,27 @@ def _resized(
         )
     delta = old.delta().flatten(1)
     u, s, vh = _triples(old, delta)
-    count = wanted.keeps(s) if len(s) and s[0] > 0 else 1
+    count = wanted.keeps(s) if s[0] > 0 else 1
+    dim = math.ceil(math.sqrt(count)) if hadamard and wanted.rank is None else count
+    root = s[:dim].sqrt()
+    tensors = loha(delta, dim) if hadamard else low_rank(u[:, :dim] * root, root[:, None] * vh[:dim], old.shape)
     stored = DTYPES[dtype] if dtype else next(iter(old.tensors.values())).dtype
-    if hadamard:
-        dim = count if wanted.rank is not None else math.ceil(math.sqrt(count))
-        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        tensors = dict(zip(names, fit_hadamard(delta, dim), strict=True))
-        best = float(s[dim**2 :].square().sum().sqrt() / s.norm()) if float(s.norm()) else 0.0
-    else:
-        dim, best, root = count, None, s[:count].sqrt()
-        tensors = {"lora_up.weight": u[:, :dim] * root, "lora_down.weight": root[:, None] * vh[:dim]}
-    new = factors({slot: t.to(stored).contiguous() for slot, t in tensors.items()}, dim)
-    new = _shaped(new, old.shape)
-    component = next((c for prefix, c in COMPONENTS.items() if name.startswith(prefix)), "model")
-    norm = float(delta.norm())
-    error = relative_error(delta, new) if norm else 0.0
-    asked = wanted.rank if wanted.rank is not None and wanted.rank > dim else None
-    return new, AdaptedLayer(name, name, component, "", tuple(old.shape), dim, asked, None, norm, error, best)
+    new = factors({slot: t.to(stored).contiguous() for slot, t in tensors.items()}, dim).shaped(old.shape)
+    norm = float(s.norm())
+    layer = AdaptedLayer(
+        name=name,
+        module=name,
+        component=next((c for prefix, c in COMPONENTS.items() if name.startswith(prefix)), "model"),
+        block="",
+        shape=tuple(old.shape),
+        rank=dim,
+        wanted=wanted.rank if wanted.rank is not None and wanted.rank > dim else None,
+        relative=None,
+        frobenius=norm,
+        error=relative_error(delta, new) if norm else 0.0,
+        best_error=float(s[dim**2 :].norm()) / norm if hadamard and norm else None,
+    )
+    return new, layer
 
 
 def _triples(old: Factors, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,16 +151,6 @@ def _triples(old: Factors, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left, right = (torch.linalg.qr(side.double()) for side in (pair[0], pair[1].mT))
     u, s, vh = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
     return left.Q @ u, s, vh @ right.Q.mT
-
-
-def _shaped(new: Factors, shape: tuple[int, ...]) -> Factors:
-    """LoRA factors of a convolution carry its kernel; all others stay flat."""
-    if new.kind != "lora" or len(shape) < 3:
-        return new.shaped(shape)
-    up, down = new.tensors["lora_up.weight"], new.tensors["lora_down.weight"]
-    ones = [1] * (len(shape) - 2)
-    tensors = {"lora_up.weight": up.reshape(*up.shape, *ones), "lora_down.weight": down.reshape(-1, *shape[1:])}
-    return factors(tensors, new.alpha)
 
 
 def _kept(layers: list[AdaptedLayer]) -> float | None:

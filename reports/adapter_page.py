@@ -15,7 +15,7 @@ REASONS_SHOWN = 200
 
 def adapter_page(result: AdapterResult) -> Page:
     """The share that is kept on top; kept by block; ranks; modules; what was left out and why."""
-    figures = {"kept": kept_bars(result.layers), "ranks": rank_dots(result.layers)}
+    figures = {"kept": kept_bars(result.layers), "errors": error_dots(result.layers)}
     body = (
         h("header", _eyebrow(result), h("h1", answer(result)), h("p", _lead(result), class_="lead"), class_="top"),
         h("main", _blocks(result), _modules(result), _left_out(result.left_out)),
@@ -83,28 +83,29 @@ def kept_bars(layers: Sequence[AdaptedLayer]) -> Figure:
     return {"data": [bar], "layout": layout}
 
 
-def rank_dots(layers: Sequence[AdaptedLayer]) -> Figure:
-    """Rank against error, a dot per module."""
+def error_dots(layers: Sequence[AdaptedLayer]) -> Figure:
+    """Size of the change against error, a dot per module."""
     dots = {
         "type": "scatter",
         "mode": "markers",
-        "x": [layer.rank for layer in layers],
+        "x": [layer.frobenius for layer in layers],
         "y": [layer.error for layer in layers],
-        "customdata": [plot_text(layer.name) for layer in layers],
+        "customdata": [[plot_text(layer.name), layer.rank] for layer in layers],
         "marker": {"color": "@accent", "size": 7, "opacity": 0.6},
-        "hovertemplate": "%{customdata}<br>rank %{x}, error %{y:.1%}<extra></extra>",
+        "hovertemplate": "%{customdata[0]}<br>rank %{customdata[1]}, change %{x:.3g}, error %{y:.1%}<extra></extra>",
     }
-    axes = {"xaxis": {"title": "rank", "rangemode": "tozero"}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
+    axes = {"xaxis": {"type": "log"}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
     return {"data": [dots], "layout": {**axes, "height": 420}}
 
 
 def _blocks(result: AdapterResult) -> Safe:
     words = (
-        "Left: the share of each block's squared change that the adapter reproduces. Right: every module by its rank "
-        "and by its error, the size of what is missing over the size of the change; 0 % is exact.",
+        "Left: the share of each block's squared change that the adapter reproduces. Right: every module, "
+        "across by the size (Frobenius norm) of its change, up by its error, the size of what is missing over that; "
+        "0 % is exact.",
     )
     left = panel(h("h3", "Kept, by block"), plot("kept", "Share kept by block"))
-    right = panel(h("h3", "Rank and error of every module"), plot("ranks", "Rank and error of modules"))
+    right = panel(h("h3", "Change and error of every module"), plot("errors", "Change and error of modules"))
     return section("What it holds", words, h("div", left, right, class_="two"))
 
 

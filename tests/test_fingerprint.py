@@ -269,7 +269,7 @@ def test_the_second_run_reads_no_file(tmp_path, monkeypatch):
     second = fingerprint(path)
     assert vars(second) | {"sketch": 0} == vars(first) | {"sketch": 0}
     np.testing.assert_array_equal(second.sketch, first.sketch)
-    monkeypatch.setattr("lineage.cache.sha256", None)
+    monkeypatch.setattr("lineage.hashing.sha256", None)
     assert cached_sha256(path) == first.sha256
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lineage.errors import LineageError
+from lineage.pairs import pick_device
 from lineage.results import write_files
 from train import data, optimizers
 from train.config import Config
@@ -81,16 +82,6 @@ def _keep(run: Training, folder: RunFolder) -> None:
 
 def _due(step: int, every: int, at: Sequence[int]) -> bool:
     return step in at or (every > 0 and step % every == 0)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA where there is one. LineageError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise LineageError(f"--device {name}: {str(e).splitlines()[0]} Use auto or cpu.") from e
 
 
 class Training:

@@ -88,7 +88,7 @@ def share(config: TrainingConfig, step: int, steps: int) -> float:
 
 
 def rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest learning rate of the groups; one that is found is the factor times `d` (Defazio & Mishchenko 2023)."""
+    """The largest learning rate of the groups; a found one is the factor times `d` (Defazio & Mishchenko 2023)."""
     return max(float(group["lr"] * group.get("d", 1.0)) for group in optimizer.param_groups)
 
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from lineage.errors import LineageError
+from lineage.pairs import pick_device
 from lineage.results import provenance
 from train.config import Config
 from train.data import Batch
-from train.loop import Progress, Training, pick_device
+from train.loop import Progress, Training
 from train.optimizers import ESTIMATING, set_rates
 from train.rates import RatePoint, RatesResult, rates_result, rising
 

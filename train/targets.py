@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import nn
 
 from lineage.errors import LineageError
-from lineage.layouts import invert, modern_clip, rename, unet_table
+from lineage.keys import canonical
+from lineage.targets import targets as adapter_targets
 
 Layer: TypeAlias = nn.Linear | nn.Conv2d
-
-TRANSFORMER = "Transformer2DModel"
-BLOCKS = (TRANSFORMER, "ResnetBlock2D", "Downsample2D", "Upsample2D")
-TEXT_PARTS = (".self_attn.", ".mlp.")
 
 
 @dataclass(frozen=True)
@@ -36,33 +33,18 @@ class Target:
 
 def targets(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> list[Target]:
     """All targets in module order, the UNet's first. LineageError for a convolution that Stable Diffusion has not."""
-    found = list(_unet_targets(unet))
-    several = len(text_encoders) > 1
-    for i, encoder in enumerate(text_encoders, 1):
-        component = "text_encoder" if i == 1 else f"text_encoder_{i}"
-        found += _text_targets(encoder, f"lora_te{i}_" if several else "lora_te_", component)
+    parts = {"unet": unet}
+    parts |= {f"text_encoder_{i}" if i > 1 else "text_encoder": e for i, e in enumerate(text_encoders, 1)}
+    stored = {f"{c}.{n}": (tuple(p.shape), p.dtype) for c, m in parts.items() for n, p in m.named_parameters()}
+    found = []
+    for name, adapted in adapter_targets(canonical(stored)).items():
+        component, _, path = adapted.param.stored.partition(".")
+        module = parts[component].get_submodule(path.removesuffix(".weight"))
+        assert isinstance(module, Layer)
+        found.append(Target(adapted.module, component, name, module, adapted.attended))
     for target in found:
         _check(target)
     return found
-
-
-def _unet_targets(unet: nn.Module) -> Iterator[Target]:
-    """SDXL files name the blocks of the UNet as its single file does, older models' as diffusers does."""
-    blocks = {path: type(m).__name__ for path, m in unet.named_modules() if type(m).__name__ in BLOCKS}
-    single_file = invert(unet_table(name for name, _ in unet.named_parameters()))
-    for path, module in unet.named_modules():
-        block = next((kind for at, kind in blocks.items() if path.startswith(f"{at}.")), None)
-        if block and isinstance(module, Layer):
-            shown = rename(path, single_file) or path if hasattr(unet, "add_embedding") else path
-            name = "lora_unet_" + shown.replace(".", "_")
-            yield Target(name, "unet", f"unet.{path}.weight", module, block == TRANSFORMER)
-
-
-def _text_targets(encoder: nn.Module, prefix: str, component: str) -> Iterator[Target]:
-    for path, module in encoder.named_modules():
-        if isinstance(module, nn.Linear) and any(part in path for part in TEXT_PARTS):
-            path = modern_clip(path)
-            yield Target(prefix + path.replace(".", "_"), component, f"{component}.{path}.weight", module, True)
 
 
 def _check(target: Target) -> None:
