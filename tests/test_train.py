@@ -413,7 +413,7 @@ def test_what_cannot_be_a_new_word_is_refused(word: str, tmp_path: Path):
 
 
 def test_an_unknown_device_is_named(tmp_path: Path):
-    with pytest.raises(LineageError, match="nonsense.*--device cpu"):
+    with pytest.raises(LineageError, match=r"nonsense.*--device cpu"):
         list(train(config(tmp_path), device="nonsense"))
 
 
