@@ -190,7 +190,7 @@ def main() -> None:
         if not options.skip_peers:
             svd, svdvals, exact = peers(pair)
             intervals, wrong, widest = check(result, exact, pair)
-            row += f" {svd:.0f} | {svd / seconds:.1f}x | {svdvals:.0f} | {svdvals / seconds:.1f}x |"
+            row += f" {svd:.0f} | {svd / seconds:.2f}x | {svdvals:.0f} | {svdvals / seconds:.2f}x |"
             row += f" {intervals} | {wrong} | {widest:.1e} |"
         print(row, flush=True)
 
