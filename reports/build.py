@@ -8,13 +8,13 @@ from typing import Any
 from lineage.cluster_result import ClusterResult
 from lineage.errors import LineageError
 from lineage.extract_result import AdapterResult
+from lineage.records import restore
 from lineage.results import MergeResult, SvdResult
 from reports.adapter_page import adapter_page
 from reports.cluster_page import cluster_page
 from reports.merge_page import merge_page
 from reports.page import Page, assemble
 from reports.rates_page import rates_page
-from reports.records import restore
 from reports.svd_page import svd_page
 from train.rates import RatesResult
 

@@ -12,10 +12,10 @@ from rich.text import Text
 
 from lineage.cluster_result import ClusterResult, Edge
 from lineage.extract_result import AdapterResult
+from lineage.records import restore
 from reports.adapter_page import answer as adapter_answer
 from reports.cluster_words import added, answer, edge_words, formula
 from reports.forest import forest
-from reports.records import restore
 from reports.wording import count, number, percent, size
 
 LAYERS_SHOWN = 10

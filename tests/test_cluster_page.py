@@ -17,13 +17,13 @@ from test_reports import Elements
 
 from lineage.cluster_result import ClusterResult, Contradiction, Edge, FoundMerge, MergeParent
 from lineage.errors import LineageError
+from lineage.records import restore
 from lineage.results import dumps, to_json
 from reports.build import build
 from reports.cluster_figures import block_data, dendrogram, heat_data, leaves, merge_bars
 from reports.cluster_words import added, answer, edge_words, few, formula
 from reports.forest import forest
 from reports.page import visible
-from reports.records import restore
 
 SIZES = (1, 2, 12, 60)
 

@@ -17,13 +17,13 @@ import pytest
 from synthetic import HOSTILE, merge_result, svd_result
 
 from lineage.errors import LineageError
+from lineage.records import restore
 from lineage.results import SvdResult, dumps, to_json
 from reports import wording
 from reports.build import build
 from reports.figures import energy_curves, natural, short_side
 from reports.merge_page import merge_page
 from reports.page import Page, Safe, assemble, h, plot_text, script_json, visible
-from reports.records import restore
 from reports.svd_page import svd_page
 from reports.tree import drawing, factors
 
