@@ -21,7 +21,7 @@ from lineage.results import load_json
 from train import pictures, pipeline, world
 from train.fit import Plan, denoising_loss, encode_latents, fit_autoencoder, pixels, rate, standardise
 from train.muon import orthogonal
-from train.pictures import STYLES
+from train.styles import BACKGROUND, STYLES
 
 SMALL = pipeline.Size(unet=(16, 24), vae=(8, 8, 8), text=16, text_layers=1, heads=2)
 BASE = Plan(steps=3, lr=1e-3, muon_lr=0.02, batch=2)
@@ -40,7 +40,7 @@ TINY = world.World(
 def test_caption_says_what_was_drawn(style: str):
     for picture in pictures.gallery([style], 12, seed=3):
         named, traits = pictures.read(picture.caption)
-        hidden = {"hair colour"} if picture.traits["hair"] == "bald" else set()
+        hidden = {"hair colour"} if picture.traits.get("hair") == "bald" else set()
         assert named == style
         assert traits == {kind: tag for kind, tag in picture.traits.items() if tag and kind not in hidden}
 
@@ -49,7 +49,7 @@ def test_caption_says_what_was_drawn(style: str):
 def test_background_is_the_one_of_the_tag(style: str):
     for picture in pictures.gallery([style], 6, seed=1):
         corner = "#{:02x}{:02x}{:02x}".format(*np.asarray(picture.image)[0, 0])
-        assert corner == pictures.BACKGROUND[picture.traits["background"]]
+        assert corner == BACKGROUND[picture.traits["background"]]
 
 
 @pytest.mark.parametrize("style", STYLES)

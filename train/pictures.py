@@ -1,7 +1,6 @@
 """Pictures with known captions: avatars whose options are their tags and whose style plays the artist.
 
-A style lists, per kind of trait (hair, mouth, ...), which options of dicebear each tag stands for, so the same traits
-can be drawn by every style: "by micah, long hair, red hair, smile" and the same "by pixel-art". Drawing is a pure
+A character is a fixed set of traits under a name; its caption gives the name instead of them. Drawing is a pure
 function of (style, traits, seed). Only styles whose own file states CC0, CC BY or MIT are drawn; `credits` lists them.
 """
 
@@ -11,13 +10,14 @@ import io
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from lineage.errors import LineageError
+from train.styles import STYLES, Style
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,40 +25,12 @@ if TYPE_CHECKING:
 SIZE = 64
 ALLOWED_LICENCES = r"(CC0|CC BY|MIT)( \d\.\d)?"
 
-Options = Mapping[str, list[Any]]
-"""dicebear option -> the values it may take; dicebear draws one by its own seed."""
-
-BACKGROUND = {
-    "blue background": "#a9d8f5",
-    "pink background": "#fbc4d8",
-    "green background": "#b9e6b0",
-    "yellow background": "#fbe7a1",
-    "white background": "#ffffff",
-    "gray background": "#b4b8c0",
+CHARACTERS: Mapping[str, Mapping[str, str]] = {
+    "hina": {"hair": "long hair", "hair colour": "blue hair", "skin": "pale skin"},
+    "taro": {"hair": "spiky hair", "hair colour": "green hair", "skin": "tan skin"},
+    "rika": {"hair": "curly hair", "hair colour": "red hair", "skin": "dark skin"},
+    "sora": {"hair": "short hair", "hair colour": "blonde hair", "skin": "dark skin"},
 }
-HAIR_COLOUR = {
-    "black hair": "#221c1c",
-    "brown hair": "#80502c",
-    "blonde hair": "#f2cf63",
-    "red hair": "#d03f28",
-    "blue hair": "#3f6fd8",
-    "green hair": "#3fa35a",
-}
-SKIN = {"pale skin": "#ffdfc4", "tan skin": "#dba26b", "dark skin": "#7d4a2d"}
-SHIRT = {"red shirt": "#d8433f", "blue shirt": "#3c63c4", "green shirt": "#3f9a56", "black shirt": "#2b2b30"}
-
-
-@dataclass(frozen=True)
-class Style:
-    """A dicebear style as an artist. `traits`: kind -> tag -> options; the tag "" stands for "not there", untagged."""
-
-    name: str
-    traits: Mapping[str, Mapping[str, Options]]
-    fixed: Options = field(default_factory=dict)
-
-    @property
-    def artist(self) -> str:
-        return f"by {self.name}"
 
 
 @dataclass(frozen=True)
@@ -68,130 +40,19 @@ class Picture:
     style: str
     traits: Mapping[str, str]
     image: Image.Image
+    names: tuple[str, ...] = ()
+    artist: str = "by"
 
     @property
     def tags(self) -> tuple[str, ...]:
-        return tags(self.style, self.traits)
+        told = {kind for name in self.names for kind in CHARACTERS[name]}
+        rest = {kind: tag for kind, tag in self.traits.items() if kind not in told}
+        artist, *shown = tags(self.style, rest)
+        return (f"{self.artist} {artist.removeprefix('by ')}", *self.names, *shown)
 
     @property
     def caption(self) -> str:
         return ", ".join(self.tags)
-
-
-def _palette(option: str, colours: Mapping[str, str]) -> dict[str, Options]:
-    return {tag: {option: [colour]} for tag, colour in colours.items()}
-
-
-def _variants(option: str, **tagged: str) -> dict[str, Options]:
-    """`_variants("hairVariant", long_hair="a b")` -> {"long hair": {"hairVariant": ["a", "b"]}}."""
-    return {tag.replace("_", " "): {option: names.split()} for tag, names in tagged.items()}
-
-
-def _present(option: str, tag: str, variants: str) -> dict[str, Options]:
-    """A component that is there (with its tag) or not; three in four are not."""
-    there = {f"{option}Variant": variants.split(), f"{option}Probability": [100]}
-    return {tag: there, "": {f"{option}Probability": [0]}}
-
-
-def _person(
-    name: str,
-    hair: Mapping[str, Options],
-    mouth: Mapping[str, Options] | None = None,
-    glasses: Mapping[str, Options] | None = None,
-    shirt: str | None = None,
-    fixed: Options | None = None,
-) -> Style:
-    traits: dict[str, Mapping[str, Options]] = {"hair": hair, "hair colour": _palette("hairColor", HAIR_COLOUR)}
-    traits |= {"mouth": mouth} if mouth else {}
-    traits |= {"glasses": glasses} if glasses else {}
-    traits |= {"skin": _palette("baseColor" if name == "micah" else "skinColor", SKIN)}
-    traits |= {"shirt": _palette(shirt, SHIRT)} if shirt else {}
-    traits |= {"background": _palette("backgroundColor", BACKGROUND)}
-    return Style(name, traits, fixed or {})
-
-
-_TOON_LONG = {"rearHairVariant": ["longStraight"], "rearHairProbability": [100], "hairVariant": ["sideComed"]}
-_TOON_SHORT = {"rearHairProbability": [0], "hairVariant": ["sideComed", "undercut"]}
-_TOON_SPIKY = {"rearHairProbability": [0], "hairVariant": ["spiky"]}
-
-STYLES = {
-    style.name: style
-    for style in (
-        _person(
-            "adventurer",
-            _variants("hairVariant", long_hair="long05 long07", short_hair="short01 short10", curly_hair="short03",
-                      spiky_hair="short16", bald="short19"),
-            _variants("mouthVariant", smile="variant01", open_mouth="variant26", frown="variant04"),
-            _present("glasses", "glasses", "variant02"),
-            fixed={"eyesVariant": ["variant04", "variant26"], "eyebrowsVariant": ["variant10"],
-                   "earringsProbability": [0], "detailsProbability": [0], "scale": [1.2]},
-        ),
-        _person(
-            "big-smile",
-            _variants("hairVariant", long_hair="straightHair", short_hair="shortHair", curly_hair="curlyShortHair",
-                      spiky_hair="mohawk", bald="shavedHead"),
-            _variants("mouthVariant", smile="awkwardSmile", open_mouth="openedSmile", frown="unimpressed"),
-            _present("accessories", "glasses", "glasses"),
-            fixed={"eyesVariant": ["normal", "cheery"]},
-        ),
-        _person(
-            "dylan",
-            _variants("hairVariant", long_hair="roundBob", short_hair="plain flatTop", curly_hair="fluffy",
-                      spiky_hair="spiky"),
-            _variants("moodVariant", smile="happy", open_mouth="superHappy", frown="sad angry"),
-            fixed={"facialHairProbability": [0]},
-        ),
-        _person(
-            "micah",
-            _variants("hairVariant", long_hair="full", short_hair="fonze dannyPhantom", spiky_hair="mrT",
-                      bald="mrClean"),
-            _variants("mouthVariant", smile="smile", open_mouth="laughing", frown="frown"),
-            _present("glasses", "glasses", "round"),
-            "shirtColor",
-            {"glassesColor": ["#000000"], "facialHairProbability": [0], "earringsProbability": [0],
-             "clothesVariant": ["crew"], "eyesVariant": ["eyes", "round"]},
-        ),
-        _person(
-            "miniavs",
-            _variants("hairVariant", long_hair="long", short_hair="classic01 classic02", curly_hair="curly",
-                      bald="balndess"),
-            None,
-            _present("glasses", "glasses", "normal"),
-            "bodyColor",
-            {"mustacheProbability": [0], "headVariant": ["normal"], "mouthVariant": ["default"],
-             "bodyVariant": ["tShirt"]},
-        ),
-        _person(
-            "personas",
-            _variants("hairVariant", long_hair="long extraLong", short_hair="fade shortCombover", curly_hair="curly",
-                      spiky_hair="mohawk", bald="bald"),
-            _variants("mouthVariant", smile="smile", open_mouth="bigSmile", frown="frown"),
-            {"glasses": {"eyesVariant": ["glasses"]}, "": {"eyesVariant": ["open", "happy"]}},
-            "clothingColor",
-            {"facialHairProbability": [0], "clothesVariant": ["rounded"], "noseVariant": ["smallRound"]},
-        ),
-        _person(
-            "pixel-art",
-            _variants("hairVariant", long_hair="long09 long12 long13", short_hair="short01 short16",
-                      curly_hair="short11", spiky_hair="short12") | {"bald": {"hairProbability": [0]}},
-            _variants("mouthVariant", smile="happy08 happy09", open_mouth="happy12", frown="sad01"),
-            _present("glasses", "glasses", "dark01"),
-            "clothingColor",
-            {"hatProbability": [0], "beardProbability": [0], "accessoriesProbability": [0],
-             "clothesVariant": ["variant02"], "eyesVariant": ["variant01"], "eyesColor": ["#647b90"],
-             "mouthColor": ["#de0f0d"], "glassesColor": ["#191919"]},
-        ),
-        _person(
-            "toon-head",
-            {"long hair": _TOON_LONG, "short hair": _TOON_SHORT, "spiky hair": _TOON_SPIKY},
-            _variants("mouthVariant", smile="smile", open_mouth="laugh", frown="sad"),
-            None,
-            "clothesColor",
-            {"beardProbability": [0], "clothesVariant": ["turtleNeck"], "eyesVariant": ["wide", "happy"],
-             "eyebrowsVariant": ["neutral"]},
-        ),
-    )
-}  # fmt: skip
 
 
 def draw(style: Style, traits: Mapping[str, str], seed: str) -> Picture:
@@ -217,6 +78,37 @@ def _nth(style: Style, n: int, key: str) -> Picture:
     rng = random.Random(key)
     traits = {kind: _choose(rng, list(tagged)) for kind, tagged in style.traits.items()}
     return draw(style, traits, key)
+
+
+def portraits(names: Sequence[str], styles: Iterable[str], count: int, seed: int, part: str = "train") -> list[Picture]:
+    """`count` pictures by each style of one character, or of two side by side; styles that `can_portray` them."""
+    return [_portrait(tuple(names), STYLES[style], n, f"{seed}/{part}") for style in styles for n in range(count)]
+
+
+def can_portray(style: str, name: str) -> bool:
+    """Whether the style knows every trait of the character."""
+    return all(tag in STYLES[style].traits.get(kind, {}) for kind, tag in CHARACTERS[name].items())
+
+
+def _portrait(names: tuple[str, ...], style: Style, n: int, key: str) -> Picture:
+    key = f"{key}/{'+'.join(names)}/{style.name}/{n}"
+    rng = random.Random(key)
+    free = {kind: _choose(rng, list(tagged)) for kind, tagged in style.traits.items()}
+    drawn = [draw(style, {**free, **CHARACTERS[name]}, f"{key}/{name}") for name in names]
+    if len(drawn) == 1:
+        return replace(drawn[0], names=names)
+    return Picture(style.name, free, _side_by_side([p.image for p in drawn]), names)
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Both at half size over the first one's background."""
+    from PIL import Image
+
+    half = SIZE // 2
+    sheet = Image.new("RGB", (SIZE, SIZE), images[0].getpixel((0, 0)))
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((half, half), Image.Resampling.LANCZOS), (i * half, half // 2))
+    return sheet
 
 
 def _choose(rng: random.Random, tags: list[str]) -> str:

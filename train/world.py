@@ -24,6 +24,7 @@ from lineage.errors import LineageError
 from lineage.results import SvdResult, write_files
 from train import pictures, pipeline
 from train.fit import Plan, Step, fit_autoencoder, fit_denoiser, pixels
+from train.styles import STYLES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -240,4 +241,4 @@ def draw_samples(world: World, folder: Path) -> bytes:
 
 def _true(prompt: str) -> Image.Image | None:
     style, traits = pictures.read(prompt)
-    return pictures.draw(pictures.STYLES[style], traits, prompt).image if style else None
+    return pictures.draw(STYLES[style], traits, prompt).image if style else None
