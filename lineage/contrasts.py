@@ -140,7 +140,8 @@ def frame(found: Readings) -> Frame:
 
 
 def kinship(worlds: Sequence[WorldFacts]) -> Kinship:
-    """Relations of X (row) to Y (column). Controls are kin to nobody, nor is a model to one of another world."""
+    """Relations of X (row) to Y (column), as RELATIONS names them. A permuted copy has none, nor two models of different
+    worlds; "another model" is one of the same root."""
     members = [(w.name, m) for w in worlds for m in w.models]
     n = len(members)
     tables = {name: np.zeros((n, n), bool) for name in RELATIONS}
@@ -166,10 +167,10 @@ RELATIONS = (
 def _relations(x: Member, y: Member, above: dict[str, set[str]]) -> list[str]:
     if x.name == y.name:
         return ["the same model"]
+    if x.root != y.root:
+        return [] if "permuted" in (x.relation, y.relation) else ["other root"]
     if "control" in (x.use, y.use):
         return []
-    if x.root != y.root:
-        return ["another model", "other root"]
     kin = ["another model", "same family" if x.family == y.family else "other family"]
     kin += ["merge of it" if x.relation == "merge" and y.name in x.parents else "no merge of it"]
     kin += ["ancestor"] if x.name in above[y.name] else []

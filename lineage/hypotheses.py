@@ -62,7 +62,7 @@ class Claim:
     def of_the_tree(self) -> bool:
         """Whether it is about places in the tree, so that dealing out the tree's labels anew leaves nothing of it."""
         a, b = ((p.bases, p.models, p.but_bases, p.but_models, p.relation) for p in (self.a, self.b))
-        differ = a != b and (self.a.relation == SELF) == (self.b.relation == SELF)
+        differ = a != b and self.b.relation != "other root" and (self.a.relation == SELF) == (self.b.relation == SELF)
         return differ and self.margin is None and not self.needs and self.beyond is None
 
 
@@ -86,7 +86,7 @@ TRANSFER = (
     Claim(
         "root", "Across roots an adapter fails", _VANILLA,
         "X of Y's root against X of another root, per Y",
-        Pick(relation="same family"), Pick(relation="other root"),
+        ANY, Pick(relation="other root"),
     ),
     Claim(
         "up-strength", "Upstream to downstream works better than downstream to upstream", _AC,

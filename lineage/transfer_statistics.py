@@ -1,0 +1,402 @@
+"""How well a prediction made before training agrees with what was measured: within roots, over worlds.
+
+tau: mean over models Y of Kendall's tau over bases X. centred: Spearman after row and column means are removed. regret:
+lift of the best base less that of the recommended one. Measured strength is lift: within a model every measure of
+strength ranks the bases alike. The diagonal and the controls are in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+
+import numpy as np
+
+from lineage.contrasts import frame
+from lineage.predictors import (
+    ORACLE,
+    PREDICTED,
+    Members,
+    Places,
+    Predictor,
+    foretold,
+    predictors,
+    root_masks,
+    within,
+)  # fmt: skip
+from lineage.rank_statistics import (
+    centred_spearman,
+    column_tau,
+    interval,
+    mean_p,
+    partial_correlation,
+    pooled_spearman,
+    regret,
+    share_upper,
+    spearman,
+    stepped_up,
+    stepped_up_tau,
+)  # fmt: skip
+from lineage.transfer_measures import JUDGED, RETENTION, Array, Matrix, Readings, matrices, readings
+from lineage.transfer_records import (
+    RANDOM,
+    Agreement,
+    Bar,
+    Cell,
+    Comparison,
+    Control,
+    Design,
+    FalsePositives,
+    PairPrediction,
+    Score,
+    Statistics,
+    WorldFacts,
+)  # fmt: skip
+from lineage.verdicts import ALPHA, table_false_positives
+
+Progress = Callable[[int, int, str], None]
+Figure = Callable[[Matrix, Array, Array], float]  # shape, measured, predicted -> score of one matrix
+SEED = 0
+PERMUTATIONS = 999
+SPLITS = 10
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the figures are made from. halves: pairs of readings of disjoint halves of the seeds."""
+
+    found: Readings
+    predictions: tuple[PairPrediction, ...]
+    members: Members
+    halves: tuple[tuple[Readings, Readings], ...]
+    halved: str
+
+    def figures(self) -> dict[str, Figure]:
+        members = self.members
+        return {
+            "tau": lambda m, a, b: column_tau(a, b, within(m, members)),
+            "centred": lambda m, a, b: centred_spearman(a, b, root_masks(m, members)),
+            "regret": lambda m, a, b: regret(a, b, within(m, members)),
+            "all pairs": lambda m, a, b: pooled_spearman(a, b, np.isfinite(a)),
+        }
+
+
+def statistics(
+    cells: Sequence[Cell],
+    worlds: Sequence[WorldFacts],
+    predictions: Sequence[PairPrediction],
+    design: Design,
+    shuffles: int = 200,
+    progress: Progress | None = None,
+) -> Statistics:
+    """All figures. `shuffles`: deals of the tree's labels for the rate of false positives; 0 leaves it out.
+
+    LineageError where a cell names a world or model that `worlds` lacks."""
+    found = readings(cells, worlds, design)
+    halves, halved = _halves(cells, worlds, design)
+    e = Evidence(found, tuple(predictions), found.members(), halves, halved)
+    strength, kept = "lift", retention_measure(found)
+    scores = [*_scores(e, "strength", strength), *(_scores(e, "retention", kept) if kept else [])]
+    comparisons = [*_comparisons(scores)]
+    controls = tuple(_controls(e))
+    rate = _false_positives(e, shuffles, progress) if shuffles else None
+    return Statistics(
+        len({r.world for r in found.rows}), len(cells), halved, tuple(scores), tuple(comparisons), controls,
+        tuple(_agreements(e)), _partial(e, kept), _permutations(e), rate,
+        tuple(bars(scores, comparisons, controls, rate)),
+    )  # fmt: skip
+
+
+def retention_measure(found: Readings) -> str | None:
+    """The measure that retention is scored by: the judges', else the models' own loss, else none."""
+    return next((m for m in RETENTION if any(m in r.values for r in found.main())), None)
+
+
+def _halves(
+    cells: Sequence[Cell], worlds: Sequence[WorldFacts], design: Design
+) -> tuple[tuple[tuple[Readings, Readings], ...], str]:
+    """Adapters of one base are numbered by their seed, which need not be another base's; else batches are halved."""
+    place = _replicates(cells)
+    trained = [c for c in cells if c.base is not None]
+    n = max((place[_adapter(c), c.seed] for c in trained), default=0) + 1
+    if n >= 2:
+        splits = [set(s) for s in combinations(range(n), n // 2) if n % 2 or 0 in s][:SPLITS]
+
+        def part(chosen: set[int], inside: bool) -> list[Cell]:
+            return [c for c in cells if c.base is None or (place[_adapter(c), c.seed] in chosen) == inside]
+
+        return tuple(
+            (readings(part(s, True), worlds, design), readings(part(s, False), worlds, design)) for s in splits
+        ), f"halves of {n} seeds"
+    if trained and all(len(c.losses) > 1 for c in trained):
+        odd, even = (lambda c, i=i: fmean(c.losses[i::2] or [c.loss]) for i in (0, 1))
+        return (
+            (readings(cells, worlds, design, odd), readings(cells, worlds, design, even)),
+        ), "halves of the held-out batches"
+    return (), "nothing: one seed, and no losses by batch"
+
+
+def _adapter(c: Cell) -> tuple:
+    return c.world, c.target, c.base, c.network, c.setup
+
+
+def _replicates(cells: Sequence[Cell]) -> dict[tuple, int]:
+    seeds: dict[tuple, set[int]] = {}
+    for c in cells:
+        seeds.setdefault(_adapter(c), set()).add(c.seed)
+    return {(adapter, s): i for adapter, found in seeds.items() for i, s in enumerate(sorted(found))}
+
+
+def _by_world(pairs: Iterator[tuple[str, float]]) -> dict[str, float]:
+    """Mean over a world's matrices, those without a value left out."""
+    found: dict[str, list[float]] = {}
+    for world, value in pairs:
+        if np.isfinite(value):
+            found.setdefault(world, []).append(value)
+    return {w: fmean(found[w]) for w in sorted(found)}
+
+
+def _scores(e: Evidence, of: str, measure: str) -> Iterator[Score]:
+    measured = matrices(e.found, measure)
+    halves = [(_index(matrices(a, measure)), _index(matrices(b, measure))) for a, b in e.halves]
+    for figure, score in e.figures().items():
+        ceiling = _ceiling(halves, score) if figure in ("tau", "centred") else None
+        for name, predictor in predictors(e.found, e.predictions, of, measured).items():
+            worlds = _by_world((m.world, score(m, m.values, predictor(m))) for m in measured)
+            if worlds:
+                half = _against_halves(halves, score, predictor) if ceiling is not None else None
+                yield _score(name, of, figure, worlds, ceiling, half)
+
+
+Index = dict[tuple[str, str], Matrix]
+
+
+def _index(found: Sequence[Matrix]) -> Index:
+    return {(m.world, m.target): m for m in found}
+
+
+def _ceiling(halves: Sequence[tuple[Index, Index]], score: Figure) -> float | None:
+    """What one half of the seeds, as a predictor, would score against the other; mean over worlds."""
+    pairs = ((key[0], _shared(a[key], b[key], score)) for a, b in halves for key in sorted(a.keys() & b.keys()))
+    worlds = _by_world(iter(pairs))
+    return fmean(worlds.values()) if worlds else None
+
+
+def _shared(a: Matrix, b: Matrix, score: Figure) -> float:
+    at = {(x, y): b.values[i, j] for i, x in enumerate(b.bases) for j, y in enumerate(b.models)}
+    return score(a, a.values, a.filled(lambda x, y: at.get((x, y), np.nan)))
+
+
+def _against_halves(halves: Sequence[tuple[Index, Index]], score: Figure, predictor: Predictor) -> float | None:
+    each = ((m.world, score(m, m.values, predictor(m))) for ab in halves for half in ab for m in half.values())
+    worlds = _by_world(iter(each))
+    return fmean(worlds.values()) if worlds else None
+
+
+def _score(
+    name: str, of: str, figure: str, worlds: dict[str, float], ceiling: float | None = None, half: float | None = None
+) -> Score:
+    values = [*worlds.values()]
+    mean = fmean(values)
+    low, high = _interval(values)
+    strict = None if ceiling is None else (stepped_up_tau if figure == "tau" else stepped_up)(ceiling)
+    share = half / ceiling if half is not None and ceiling and ceiling > 0 else None
+    strict_share = mean / strict if strict else None
+    p = None if figure == "regret" else mean_p(values)
+    return Score(
+        name, of, figure, mean, float(np.median(values)), low, high, p, ceiling, share, strict, strict_share, worlds
+    )
+
+
+def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    return interval(values, np.random.default_rng(SEED)) or (None, None)
+
+
+def _comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:
+    """The prediction against every other predictor, in the three main figures; positive: the prediction is better."""
+    table = {(s.of, s.figure, s.predictor): s for s in scores}
+    for (of, figure, name), other in table.items():
+        mine = table.get((of, figure, PREDICTED))
+        if mine is None or name == PREDICTED or figure == "all pairs":
+            continue
+        sign = -1 if figure == "regret" else 1
+        ds = [sign * (mine.worlds[w] - other.worlds[w]) for w in mine.worlds if w in other.worlds]
+        if ds:
+            yield Comparison(PREDICTED, name, of, figure, fmean(ds), *_interval(ds), mean_p(ds))
+
+
+def _controls(e: Evidence) -> Iterator[Control]:
+    """Rows that must fail, each beside the true pairs of the same model and target."""
+    true: dict[tuple, list[float]] = {}
+    failing: dict[str, dict[tuple, list[float]]] = {}
+    for r in e.found.rows:
+        if "lift" in r.values and (name := _role(e, r)):
+            group = true if name == "true" else failing.setdefault(name, {})
+            group.setdefault((r.world, r.target, r.model), []).append(r.values["lift"])
+    for name, columns in sorted(failing.items()):
+        shared = [key for key in columns if key in true]
+        lifts = _by_world((key[0], fmean(columns[key])) for key in shared)
+        trues = _by_world((key[0], fmean(true[key])) for key in shared)
+        if lifts:
+            yield _control(name, lifts, trues)
+
+
+OTHER_ROOT, PERMUTED, NORM_MATCHED = "base of another root", "permuted copy as base", "random adapter of equal norm"
+
+
+def _role(e: Evidence, r) -> str | None:
+    """Which group a reading belongs to: "true", a control, or neither."""
+    x, y = e.members[r.world, r.base], e.members[r.world, r.model]
+    d = e.found.design
+    if r.weight != d.weight or not r.final or r.setup != "default" or r.network not in (d.network, RANDOM):
+        return None
+    if y.use == "control":
+        return None
+    if r.network == RANDOM:
+        return NORM_MATCHED
+    if x.relation == "permuted":
+        return PERMUTED
+    if x.root != y.root:
+        return OTHER_ROOT
+    return "true" if x.name != y.name and x.use != "control" else None
+
+
+def _control(name: str, lifts: dict[str, float], trues: dict[str, float]) -> Control:
+    """It fails where its interval lies below half of the true pairs' lift; unknown with fewer than three worlds."""
+    values, true = [*lifts.values()], fmean(trues.values())
+    low, high = _interval(values)
+    fails = None if high is None else high < true / 2
+    words = {None: "too few worlds", True: "fails, as it should", False: "does not clearly fail"}[fails]
+    return Control(name, fmean(values), low, high, true, fails, words)
+
+
+def _agreements(e: Evidence) -> Iterator[Agreement]:
+    """Every two judges of one thing, and judges against losses."""
+    names = sorted({name for r in e.found.main() for name in r.values})
+    for of, sole in (("strength", "lift"), ("retention", "own")):
+        judges = [n for n in names if n.startswith("judge " if of == "strength" else "retention ")]
+        mean = [JUDGED if of == "strength" else "retention"]
+        for a, b in [*combinations(judges, 2), *((m, sole) for m in mean if m in names and sole in names)]:
+            worlds = _agreement(e, a, b)
+            if worlds:
+                yield Agreement(of, a, b, fmean(worlds.values()), len(worlds))
+
+
+def _agreement(e: Evidence, a: str, b: str) -> dict[str, float]:
+    second = _index(matrices(e.found, b))
+
+    def rho(m: Matrix, x: Array, y: Array) -> float:
+        both = within(m, e.members) & np.isfinite(x) & np.isfinite(y)
+        return spearman(x[both], y[both]) if both.sum() > 2 else float("nan")
+
+    pairs = (
+        (m.world, _shared(m, second[key], rho)) for key, m in _index(matrices(e.found, a)).items() if key in second
+    )
+    return _by_world(iter(pairs))
+
+
+def _partial(e: Evidence, kept: str | None) -> Score | None:
+    if kept is None:
+        return None
+    strength = _index(matrices(e.found, "lift"))
+    predictor = foretold(e.predictions, "retention")
+
+    def beyond(m: Matrix) -> float:
+        score = lambda m, a, b: partial_correlation(a, predictor(m), b, within(m, e.members))  # noqa: E731
+        return _shared(m, strength[m.world, m.target], score)
+
+    measured = [m for m in matrices(e.found, kept) if (m.world, m.target) in strength]
+    worlds = _by_world((m.world, beyond(m)) for m in measured)
+    return _score(PREDICTED, "retention", "beyond strength", worlds) if worlds else None
+
+
+def _tau_worlds(e: Evidence, measured: Sequence[Matrix], places: Places | None) -> list[float]:
+    predictor = foretold(e.predictions, "strength", places)
+    score = e.figures()["tau"]
+    return [*_by_world((m.world, score(m, m.values, predictor(m))) for m in measured).values()]
+
+
+def _dealt(e: Evidence, rng: np.random.Generator, families: bool) -> Places:
+    """Names dealt out anew within every world and use, and within families where `families`."""
+    shelves: dict[tuple, list[str]] = {}
+    for (world, name), m in e.members.items():
+        shelves.setdefault((world, m.use, m.family if families else ""), []).append(name)
+    return {
+        (shelf[0], name): names[i]
+        for shelf, names in shelves.items()
+        for name, i in zip(names, rng.permutation(len(names)), strict=True)
+    }
+
+
+def _permutations(e: Evidence) -> dict[str, float | None]:
+    """p that models exchanged within their families are ranked as well."""
+    rng = np.random.default_rng(SEED)
+    measured = matrices(e.found, "lift")
+    values = _tau_worlds(e, measured, None)
+    if not values:
+        return {"tau": None}
+    dealt = (_tau_worlds(e, measured, _dealt(e, rng, True)) for _ in range(PERMUTATIONS))
+    better = sum(fmean(found) >= fmean(values) for found in dealt if found)
+    return {"tau": (better + 1) / (PERMUTATIONS + 1)}
+
+
+def _false_positives(e: Evidence, shuffles: int, progress: Progress | None) -> FalsePositives:
+    rng = np.random.default_rng(SEED)
+    seen = (lambda i: progress(i, shuffles, "shuffled trees")) if progress else None
+    table = table_false_positives(frame(e.found), shuffles, rng, seen=seen)
+    measured = matrices(e.found, "lift")
+    ps = [mean_p(_tau_worlds(e, measured, _dealt(e, rng, False))) for _ in range(shuffles)]
+    hits = sum(p is not None and p <= ALPHA for p in ps)
+    return FalsePositives(shuffles, ALPHA, table, share_upper(table, shuffles), hits, share_upper(hits, shuffles))
+
+
+def bars(
+    scores: Sequence[Score], comparisons: Sequence[Comparison], controls: Sequence[Control], rate: FalsePositives | None
+) -> Iterator[Bar]:
+    """What the prediction must reach, and what it aims at."""
+    table = {(s.of, s.figure): s for s in scores if s.predictor == PREDICTED}
+    strength, kept, lost = (table.get(k) for k in (("strength", "tau"), ("retention", "tau"), ("strength", "regret")))
+    rivals = [c for c in comparisons if (c.of, c.figure) == ("strength", "tau") and c.baseline != ORACLE]
+    yield _at_least(
+        "must: strength, tau as a share of what a perfect predictor would reach",
+        strength and strength.strict_share,
+        0.7,
+    )
+    yield _at_least(
+        "aim: strength, tau as a share of what a perfect predictor would reach",
+        strength and strength.strict_share,
+        0.85,
+    )
+    median = lost and lost.median
+    yield Bar(
+        "must: median regret over worlds, in lift", median, "at most 0.02", None if median is None else median <= 0.02
+    )
+    worst = min(rivals, key=lambda c: c.difference, default=None)
+    high = worst and worst.high
+    yield Bar(
+        "must: tau less the best baseline's",
+        worst and worst.difference,
+        "not clearly below 0",
+        None if high is None else high >= 0,
+    )
+    lowest = min((c.low for c in rivals if c.low is not None), default=None)
+    yield Bar("aim: lowest bound of tau less any baseline's", lowest, "above 0", None if lowest is None else lowest > 0)
+    yield _at_least(
+        "must: retention, tau as a share of what a perfect predictor would reach", kept and kept.strict_share, 0.6
+    )
+    for c in controls:
+        yield Bar(f"must: {c.name}, lift", c.lift, f"below half of {c.true_lift:.3g}", c.fails)
+    for name, hits in (("the table", rate and rate.table), ("the predictor", rate and rate.predictor)):
+        found = None if rate is None or hits is None else hits / rate.shuffles
+        yield Bar(
+            f"must: false positives of {name} on shuffled trees",
+            found,
+            "at most 0.07",
+            None if found is None else found <= 0.07,
+        )
+
+
+def _at_least(name: str, value: float | None, wanted: float) -> Bar:
+    return Bar(name, value, f"at least {wanted:g}", None if value is None else value >= wanted)
