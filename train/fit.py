@@ -67,7 +67,7 @@ def _optimizers(parameters: Mapping[str, Tensor], plan: Plan) -> list[tuple[torc
         {n for n, p in parameters.items() if p.ndim > 1 and not any(w in n for w in OUTER)} if plan.muon_lr else set()
     )
     rest = [p for n, p in parameters.items() if n not in inner]
-    adam = torch.optim.AdamW(rest, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+    adam = torch.optim.AdamW(rest, lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True)
     if not inner:
         return [(adam, plan.lr)]
     return [(adam, plan.lr), (Muon([parameters[n] for n in sorted(inner)], plan.muon_lr), plan.muon_lr)]
@@ -128,6 +128,13 @@ def encode_latents(vae: Any, images: Tensor) -> Tensor:
     """Means of the posterior times scaling_factor, (n, 4, height / 4, width / 4)."""
     found = [vae.encode(part).latent_dist.mean for part in images.split(64)]
     return torch.cat(found) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decoded(vae: Any, images: Tensor) -> Tensor:
+    """What the autoencoder makes of pictures, (n, 3, height, width) in [-1, 1]."""
+    latents = encode_latents(vae, images) / vae.config.scaling_factor
+    return torch.cat([vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
 
 
 def fit_denoiser(pipeline: Pipeline, pictures: Sequence[Picture], plan: Plan, seed: int) -> Iterator[Step]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIZE = 64
+MANY = 200
 ALLOWED_LICENCES = r"(CC0|CC BY|MIT)( \d\.\d)?"
 
 CHARACTERS: Mapping[str, Mapping[str, str]] = {
@@ -70,7 +71,16 @@ def _single(values: list[Any]) -> Any:
 
 def gallery(styles: Iterable[str], count: int, seed: int, part: str = "train") -> list[Picture]:
     """`count` pictures of each style. Another `part` ("train", "test", "judge") never repeats a picture's seed."""
-    return [_nth(STYLES[name], n, f"{seed}/{part}") for name in styles for n in range(count)]
+    return _drawn([(_nth, STYLES[name], n, f"{seed}/{part}") for name in styles for n in range(count)])
+
+
+def _drawn(calls: Sequence[tuple[Any, ...]]) -> list[Picture]:
+    """Every call's picture; on all cores where they are many, as dicebear takes some 20 ms for each."""
+    from joblib import Parallel, delayed
+
+    jobs = -1 if len(calls) > MANY else 1
+    found: Any = Parallel(n_jobs=jobs)(delayed(draw_one)(*rest) for draw_one, *rest in calls)
+    return found
 
 
 def _nth(style: Style, n: int, key: str) -> Picture:
@@ -82,7 +92,8 @@ def _nth(style: Style, n: int, key: str) -> Picture:
 
 def portraits(names: Sequence[str], styles: Iterable[str], count: int, seed: int, part: str = "train") -> list[Picture]:
     """`count` pictures by each style of one character, or of two side by side; styles that `can_portray` them."""
-    return [_portrait(tuple(names), STYLES[style], n, f"{seed}/{part}") for style in styles for n in range(count)]
+    key = f"{seed}/{part}"
+    return _drawn([(_portrait, tuple(names), STYLES[style], n, key) for style in styles for n in range(count)])
 
 
 def can_portray(style: str, name: str) -> bool:

@@ -214,12 +214,12 @@ def write_config(pipeline: Pipeline, folder: Path) -> None:
 
 
 def load(file: Path) -> Pipeline:
-    """A single file in float32, through diffusers' own loader; `write_config` filled the folder `config` beside it."""
+    """A single file in float32, through diffusers' own loader; `write_config` filled the `config` beside its folder."""
     with quiet():
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
         found = StableDiffusionPipeline.from_single_file(
-            str(file), config=str(file.parent / "config"), local_files_only=True, torch_dtype=torch.float32
+            str(file), config=str(file.parent.parent / "config"), local_files_only=True, torch_dtype=torch.float32
         )
     found.set_progress_bar_config(disable=True)
     return found

@@ -1,18 +1,16 @@
 """A miniature world: Stable Diffusion models with a known family tree, trained on the spot on pictures of known style.
 
-A world owns its folder. Every stage (the autoencoder, then each model after its parent) leaves one file that carries
+A world owns its folder. Every stage (the autoencoder, then each model after its parents) leaves one file that carries
 the hash of all that decided it; a later call keeps what fits, makes what is missing, and refuses another's folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,119 +18,46 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+import lineage
 from lineage.errors import LineageError
-from lineage.results import SvdResult, write_files
+from lineage.recipe import parse
+from lineage.results import write_files
 from train import pictures, pipeline
-from train.fit import Plan, Step, fit_autoencoder, fit_denoiser, pixels
+from train.fit import Step, fit_autoencoder, fit_denoiser, pixels
+from train.permutation import permute
 from train.styles import STYLES
+from train.topology import Member, Merge, Model, World, to_json
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
 Progress = Callable[[int, int, str], None]
 NEEDED = ("diffusers", "transformers", "accelerate", "dicebear", "dicebear_styles", "resvg_py", "PIL")
 STAGE_KEY = "lineage_world_stage"
-
-
-@dataclass(frozen=True)
-class Model:
-    """One member of a world: trained on `styles` from `parent`'s file, or from random weights where that is None."""
-
-    name: str
-    styles: tuple[str, ...]
-    plan: Plan
-    parent: str | None = None
-
-    @property
-    def file(self) -> str:
-        return f"{self.name}.safetensors"
-
-
-@dataclass(frozen=True)
-class World:
-    """What is made. Parents come before their children; every style has `pictures` pictures per model."""
-
-    models: tuple[Model, ...]
-    autoencoder: Plan
-    pictures: int = 300
-    size: pipeline.Size = field(default_factory=pipeline.Size)
-    seed: int = 0
-
-    @cached_property
-    def styles(self) -> tuple[str, ...]:
-        return tuple(sorted({style for model in self.models for style in model.styles}))
-
-    @property
-    def steps(self) -> int:
-        return self.autoencoder.steps + sum(model.plan.steps for model in self.models)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain form, in which two worlds are equal exactly when they give the same files."""
-        return json.loads(json.dumps(asdict(self)))
-
-
-DEMO = World(
-    models=(
-        Model("vanilla", ("dylan", "micah", "personas", "toon-head"), Plan(steps=750, lr=1e-3, muon_lr=0.02)),
-        Model("vanilla-pixel-art", ("pixel-art",), Plan(steps=400, lr=5e-4), parent="vanilla"),
-    ),
-    autoencoder=Plan(steps=600, lr=2e-3, muon_lr=0.02),
-)
-
-PROMPTS = (
-    "by dylan, long hair, red hair, smile, pale skin, blue background",
-    "by micah, bald, open mouth, dark skin, blue shirt, yellow background",
-    "by personas, curly hair, brown hair, smile, tan skin, green shirt, pink background",
-    "by toon-head, spiky hair, blonde hair, smile, pale skin, red shirt, green background",
-    "long hair, black hair, smile, pale skin, red shirt, white background",
-    "by pixel-art, long hair, red hair, smile, pale skin, blue shirt, blue background",
-    "by pixel-art, short hair, black hair, frown, glasses, tan skin, black shirt, yellow background",
-    "by pixel-art, curly hair, green hair, open mouth, dark skin, red shirt, pink background",
-)
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """Where the demo's files lie, and the rank analysis of its pair."""
-
-    folder: Path
-    base: Path
-    tuned: Path
-    samples: Path
-    credits: Path
-    svd: SvdResult
-
-
-def demo(folder: Path | str, *, seed: int = 0, progress: Progress | None = None, world: World = DEMO) -> DemoResult:
-    """Make the demo's pair, draw samples of both, and measure their difference.
-
-    Raises as `build` does."""
-    import lineage
-
-    world = replace(world, seed=seed)
-    folder = build(world, folder, progress)
-    base, tuned = (folder / model.file for model in world.models[:2])
-    samples = folder / "samples.png"
-    if not samples.exists():
-        write_files(folder, {samples.name: draw_samples(world, folder)}, force=True)
-    return DemoResult(folder, base, tuned, samples, folder / "CREDITS.md", lineage.svd(base, tuned, progress=progress))
+AUTOENCODER_PICTURES = 60
+"""Of each style there is: every picture of every world passes this one autoencoder."""
 
 
 def build(world: World, folder: Path | str, progress: Progress | None = None) -> Path:
-    """Make every model of `world` that `folder` does not hold yet; returns the folder.
+    """Make what `folder` does not hold yet: models/NAME.safetensors, config/, truth.json, CREDITS.md; returns it.
 
     LineageError where it holds something else; ModuleNotFoundError, before anything is written, without the extra."""
     for module in NEEDED:
         import_module(module)
     folder = Path(folder)
     _claim(world, folder)
-    write_files(folder, {"CREDITS.md": pictures.credits(world.styles)}, force=True)
+    write_files(folder, {"CREDITS.md": pictures.credits(STYLES)}, force=True)
     report = _Count(world.steps, progress)
     vae = _autoencoder(world, folder, report)
-    for model in world.models:
-        _model(world, model, folder, vae, report)
+    (folder / "models").mkdir(exist_ok=True)
+    for member in world.models:
+        _make(world, member, folder, vae, report)
+    write_files(folder, {"truth.json": json.dumps(truth(world, folder), indent=1) + "\n"}, force=True)
     return folder
+
+
+def model_file(folder: Path, name: str) -> Path:
+    return folder / "models" / f"{name}.safetensors"
 
 
 class _Count:
@@ -154,7 +79,7 @@ class _Count:
 def _claim(world: World, folder: Path) -> None:
     """The folder becomes this world's, or is refused."""
     plan = folder / "world.json"
-    wanted = world.to_json()
+    wanted = to_json(world)
     if plan.exists():
         with suppress(ValueError):
             if json.loads(plan.read_text(encoding="utf-8")) == wanted:
@@ -166,11 +91,11 @@ def _claim(world: World, folder: Path) -> None:
 
 
 def _autoencoder(world: World, folder: Path, report: _Count) -> dict[str, Tensor]:
-    """The state of the one autoencoder that all models of a world share."""
-    file, key = folder / "autoencoder.safetensors", stage_key(world, None)
+    """The state of the one autoencoder that all models share."""
+    file, key = folder / "autoencoder.safetensors", autoencoder_key(world)
     if not _kept(file, key):
-        tuned = blank(world, folder)
-        images = pixels(pictures.gallery(world.styles, world.pictures, world.seed))
+        tuned = blank(world, folder, 0)
+        images = pixels(pictures.gallery(STYLES, min(world.pictures, AUTOENCODER_PICTURES), 0, "autoencoder"))
         report.run(fit_autoencoder(tuned.vae, images, world.autoencoder, _seed(key)), "autoencoder")
         pipeline.write_tensors(file, tuned.vae.state_dict(), {STAGE_KEY: key})
     else:
@@ -178,49 +103,77 @@ def _autoencoder(world: World, folder: Path, report: _Count) -> dict[str, Tensor
     return load_file(file)
 
 
-def _model(world: World, model: Model, folder: Path, vae: dict[str, Tensor], report: _Count) -> None:
-    file, key = folder / model.file, stage_key(world, model)
+def _make(world: World, member: Member, folder: Path, vae: dict[str, Tensor], report: _Count) -> None:
+    if isinstance(member, Model):
+        _train(world, member, folder, vae, report)
+    elif isinstance(member, Merge):
+        _merge(member, folder)
+    elif not _kept(model_file(folder, member.name), stage_key(world, member)):
+        copy = pipeline.load(model_file(folder, member.parent))
+        permute(copy, world.seed)
+        pipeline.save(copy, model_file(folder, member.name), {STAGE_KEY: stage_key(world, member)})
+
+
+def _train(world: World, model: Model, folder: Path, vae: dict[str, Tensor], report: _Count) -> None:
+    file, key = model_file(folder, model.name), stage_key(world, model)
     if _kept(file, key):
         return report.skip(model.plan.steps, model.name)
     if model.parent is None:
-        tuned = blank(world, folder)
+        tuned = blank(world, folder, _seed(f"{world.seed:x}{model.init:x}".zfill(8)))
         tuned.vae.load_state_dict(vae)
     else:
-        tuned = pipeline.load(folder / f"{model.parent}.safetensors")
+        tuned = pipeline.load(model_file(folder, model.parent))
     shown = pictures.gallery(model.styles, world.pictures, world.seed)
+    shown = [replace(picture, artist=model.artist) for picture in shown]
     report.run(fit_denoiser(tuned, shown, model.plan, _seed(key)), model.name)
     pipeline.save(tuned, file, {STAGE_KEY: key})
 
 
-def blank(world: World, folder: Path) -> pipeline.Pipeline:
+def _merge(member: Merge, folder: Path) -> None:
+    if _record(file := model_file(folder, member.name)).get("recipe") != member.recipe:
+        lineage.merge(parse(member.recipe, member.name), file.parent, models=file.parent, force=True)
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What a merged file says of how it was made; {} where there is none."""
+    return json.loads(_metadata(file).get("sd_merge_recipe", "{}"))
+
+
+def blank(world: World, folder: Path, seed: int) -> pipeline.Pipeline:
     """A pipeline of random weights; its configuration is written to folder/config if it is not there."""
     tokenizer = folder / "config" / "tokenizer"
     if not (tokenizer / "tokenizer_config.json").exists():
         pipeline.write_tokenizer(tokenizer)
-    made = pipeline.build(world.size, tokenizer, world.seed)
+    made = pipeline.build(world.size, tokenizer, seed)
     if not (folder / "config" / "model_index.json").exists():
         pipeline.write_config(made, folder / "config")
     return made
 
 
 def _kept(file: Path, key: str) -> bool:
-    if not file.exists():
-        return False
-    try:
-        with safe_open(file, "pt") as found:
-            return (found.metadata() or {}).get(STAGE_KEY) == key
-    except SafetensorError:
-        return False
+    return _metadata(file).get(STAGE_KEY) == key
 
 
-def stage_key(world: World, model: Model | None) -> str:
-    """sha256 of everything that decides a stage's file; None: the autoencoder's."""
-    decides: dict[str, Any] = {"seed": world.seed, "size": asdict(world.size), "pictures": world.pictures}
-    decides |= {"autoencoder": asdict(world.autoencoder), "styles": world.styles}
-    if model is not None:
-        decides |= {"model": asdict(model)}
-        parent = next((m for m in world.models if m.name == model.parent), None)
-        decides |= {"parent": stage_key(world, parent) if parent else None}
+def _metadata(file: Path) -> dict[str, str]:
+    """{} where the file is absent or damaged."""
+    with suppress(SafetensorError, FileNotFoundError), safe_open(file, "pt") as found:
+        return found.metadata() or {}
+    return {}
+
+
+def autoencoder_key(world: World) -> str:
+    """sha256 of all that decides the autoencoder; the same for every seed and size of world."""
+    count = min(world.pictures, AUTOENCODER_PICTURES)
+    return _key(asdict(world.size), asdict(world.autoencoder), list(STYLES), count)
+
+
+def stage_key(world: World, member: Member) -> str:
+    """sha256 of all that decides a member's file."""
+    ancestors = [stage_key(world, world[parent]) for parent in world.parents(member.name)]
+    return _key(autoencoder_key(world), world.seed, world.pictures, asdict(member), ancestors)
+
+
+def _key(*decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -228,17 +181,31 @@ def _seed(key: str) -> int:
     return int(key[:8], 16)
 
 
-def draw_samples(world: World, folder: Path) -> bytes:
-    """PNG: the same prompts and noise by every model of the world, and what the style itself draws of those traits."""
-    from train.sample import grid
-
-    cells = [pipeline.sample(pipeline.load(folder / model.file), PROMPTS, world.seed) for model in world.models]
-    names = [model.name for model in world.models] + ["the style itself"]
-    sheet = io.BytesIO()
-    grid(names, PROMPTS, [*cells, [_true(prompt) for prompt in PROMPTS]]).save(sheet, "PNG")
-    return sheet.getvalue()
+def truth(world: World, folder: Path) -> dict[str, Any]:
+    """What inference should find: per model its root, parents with weights, and what it draws."""
+    return {
+        "models": [_facts(world, member, folder) for member in world.models],
+        "targets": list(world.targets),
+        "characters": {name: list(portraying(world, name)) for name in world.characters},
+    }
 
 
-def _true(prompt: str) -> Image.Image | None:
-    style, traits = pictures.read(prompt)
-    return pictures.draw(STYLES[style], traits, prompt).image if style else None
+def _facts(world: World, member: Member, folder: Path) -> dict[str, Any]:
+    parents = dict.fromkeys(world.parents(member.name), 1.0)
+    if isinstance(member, Merge):
+        parents = _record(model_file(folder, member.name))["coefficients"]
+    relations = {"Merge": "merge", "Permuted": "permuted", "Model": "finetune" if parents else "root"}
+    return {
+        "name": member.name,
+        "root": world.root(member.name),
+        "role": member.role,
+        "use": member.use,
+        "relation": relations[type(member).__name__],
+        "parents": [{"name": name, "weight": weight} for name, weight in parents.items()],
+        "styles": list(world.own_styles(member.name)),
+    }
+
+
+def portraying(world: World, character: str) -> tuple[str, ...]:
+    """The two styles of the world in which a character is shown."""
+    return tuple(style for style in world.styles if pictures.can_portray(style, character))[:2]
