@@ -140,8 +140,8 @@ def frame(found: Readings) -> Frame:
 
 
 def kinship(worlds: Sequence[WorldFacts]) -> Kinship:
-    """Relations of X (row) to Y (column), as RELATIONS names them. A permuted copy has none, nor two models of different
-    worlds; "another model" is one of the same root."""
+    """Relations of X (row) to Y (column), as RELATIONS names them. A permuted copy has none, nor have two models of
+    different worlds; "another model" is no control."""
     members = [(w.name, m) for w in worlds for m in w.models]
     n = len(members)
     tables = {name: np.zeros((n, n), bool) for name in RELATIONS}
@@ -159,19 +159,22 @@ def kinship(worlds: Sequence[WorldFacts]) -> Kinship:
 
 
 RELATIONS = (
-    "another model", "the same model", "same family", "other family", "ancestor", "descendant", "merge of it",
-    "no merge of it", "other root",
+    "another model", "the same model", "same root", "same family", "other family", "ancestor", "descendant",
+    "merge of it", "no merge of it", "other root",
 )  # fmt: skip
 
 
 def _relations(x: Member, y: Member, above: dict[str, set[str]]) -> list[str]:
     if x.name == y.name:
         return ["the same model"]
-    if x.root != y.root:
-        return [] if "permuted" in (x.relation, y.relation) else ["other root"]
-    if "control" in (x.use, y.use):
+    if "permuted" in (x.relation, y.relation):
         return []
-    kin = ["another model", "same family" if x.family == y.family else "other family"]
+    kin = [] if "control" in (x.use, y.use) else ["another model"]
+    if x.root != y.root:
+        return [*kin, "other root"]
+    if not kin:
+        return []
+    kin += ["same root", "same family" if x.family == y.family else "other family"]
     kin += ["merge of it" if x.relation == "merge" and y.name in x.parents else "no merge of it"]
     kin += ["ancestor"] if x.name in above[y.name] else []
     return kin + (["descendant"] if y.name in above[x.name] else [])

@@ -86,7 +86,7 @@ TRANSFER = (
     Claim(
         "root", "Across roots an adapter fails", _VANILLA,
         "X of Y's root against X of another root, per Y",
-        ANY, Pick(relation="other root"),
+        Pick(relation="same root"), Pick(relation="other root"),
     ),
     Claim(
         "up-strength", "Upstream to downstream works better than downstream to upstream", _AC,

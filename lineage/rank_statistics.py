@@ -57,11 +57,11 @@ def _mean(values: Sequence[float]) -> float:
 
 def additive_residual(values: Array, mask: NDArray[np.bool_]) -> Array:
     """What row means and column means leave of the entries in `mask` (vector, row by row): least squares, so that a
-    missing diagonal does no harm. Exact zeros where only rounding is left."""
+    missing diagonal does no harm. Rounded to ten digits of the spread: what is equal must tie, what is nothing be 0."""
     seen = values[mask]
     left = seen - additive_fit(values, mask)[mask]
-    spread = np.abs(seen - seen.mean()).max(initial=0)
-    return left if np.abs(left).max(initial=0) > 1e-9 * spread else np.zeros_like(left)
+    spread = float(np.ptp(seen)) or 1.0
+    return np.round(left / spread, 10) * spread
 
 
 def additive_fit(values: Array, mask: NDArray[np.bool_]) -> Array:
