@@ -20,7 +20,7 @@ from train.pictures import Picture, can_portray, gallery, portraits
 
 Kind: TypeAlias = Literal["network", "features"]
 KINDS: tuple[Kind, ...] = ("network", "features")
-PLAN = Plan(steps=400, lr=2e-3, batch=64)
+PLAN = Plan(steps=400, lr=2e-3, muon_lr=0.02, batch=64)
 
 
 @dataclass(frozen=True)
