@@ -14,15 +14,6 @@ FEWEST = 3  # sources that a column needs to have an order worth the name
 RESAMPLES = 10_000
 
 
-def tau_b(x: Array, y: Array) -> float:
-    """Kendall's tau-b of two vectors; nan where `x` is constant, 0 where only the prediction `y` is."""
-    dx, dy = (np.sign(np.subtract.outer(v, v)) for v in (x, y))
-    pairs = np.abs(dx).sum() * np.abs(dy).sum()
-    if not dx.any():
-        return float("nan")
-    return float((dx * dy).sum() / sqrt(pairs)) if pairs else 0.0
-
-
 def spearman(x: Array, y: Array) -> float:
     """Spearman's rho of two vectors; nan where `x` is constant, 0 where only `y` is."""
     return _pearson(stats.rankdata(x), stats.rankdata(y))
@@ -41,18 +32,22 @@ def known(measured: Array, predicted: Array, mask: NDArray[np.bool_]) -> NDArray
 
 
 def column_tau(measured: Array, predicted: Array, mask: NDArray[np.bool_]) -> float:
-    """Mean over columns of tau over rows: does the prediction rank the bases of each model? nan without a column."""
-    found = [tau_b(measured[rows, y], predicted[rows, y]) for y, rows in _columns(known(measured, predicted, mask))]
-    return _mean(found)
+    """Mean over columns of Kendall's tau-b over rows: does the prediction rank the bases of each model? A column that
+    the prediction leaves constant counts 0; columns whose measured values are, or with too few rows, do not count."""
+    rows = known(measured, predicted, mask)
+    pairs = rows[:, None] & rows
+    dx, dy = (np.where(pairs, np.sign(v[:, None] - v), 0) for v in (measured, predicted))
+    ordered, said = (np.abs(d).sum((0, 1)) for d in (dx, dy))
+    agree = (dx * dy).sum((0, 1)) / np.sqrt(np.maximum(ordered * said, 1))
+    return _mean(agree[(rows.sum(0) >= FEWEST) & (ordered > 0)])
 
 
 def _columns(mask: NDArray[np.bool_]) -> list[tuple[int, NDArray[np.bool_]]]:
     return [(y, mask[:, y]) for y in range(mask.shape[1]) if mask[:, y].sum() >= FEWEST]
 
 
-def _mean(values: Sequence[float]) -> float:
-    kept = [v for v in values if np.isfinite(v)]
-    return float(np.mean(kept)) if kept else float("nan")
+def _mean(values: Sequence[float] | Array) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def additive_residual(values: Array, mask: NDArray[np.bool_]) -> Array:

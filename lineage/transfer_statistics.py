@@ -59,7 +59,6 @@ from lineage.verdicts import ALPHA, table_false_positives
 Progress = Callable[[int, int, str], None]
 Figure = Callable[[Matrix, Array, Array], float]  # shape, measured, predicted -> score of one matrix
 SEED = 0
-PERMUTATIONS = 999
 SPLITS = 10
 
 
@@ -89,9 +88,11 @@ def statistics(
     predictions: Sequence[PairPrediction],
     design: Design,
     shuffles: int = 200,
+    permutations: int = 499,
     progress: Progress | None = None,
 ) -> Statistics:
-    """All figures. `shuffles`: deals of the tree's labels for the rate of false positives; 0 leaves it out.
+    """All figures. `shuffles`: deals of the tree's labels for the rate of false positives; `permutations`: exchanges
+    of models within their families; 0 leaves either out.
 
     LineageError where a cell names a world or model that `worlds` lacks."""
     found = readings(cells, worlds, design)
@@ -104,7 +105,7 @@ def statistics(
     rate = _false_positives(e, shuffles, progress) if shuffles else None
     return Statistics(
         len({r.world for r in found.rows}), len(cells), halved, tuple(scores), tuple(comparisons), controls,
-        tuple(_agreements(e)), _partial(e, kept), _permutations(e), rate,
+        tuple(_agreements(e)), _partial(e, kept), _permutations(e, permutations), rate,
         tuple(bars(scores, comparisons, controls, rate)),
     )  # fmt: skip
 
@@ -330,16 +331,16 @@ def _dealt(e: Evidence, rng: np.random.Generator, families: bool) -> Places:
     }
 
 
-def _permutations(e: Evidence) -> dict[str, float | None]:
+def _permutations(e: Evidence, times: int) -> dict[str, float | None]:
     """p that models exchanged within their families are ranked as well."""
     rng = np.random.default_rng(SEED)
     measured = matrices(e.found, "lift")
     values = _tau_worlds(e, measured, None)
-    if not values:
+    if not values or not times:
         return {"tau": None}
-    dealt = (_tau_worlds(e, measured, _dealt(e, rng, True)) for _ in range(PERMUTATIONS))
+    dealt = (_tau_worlds(e, measured, _dealt(e, rng, True)) for _ in range(times))
     better = sum(fmean(found) >= fmean(values) for found in dealt if found)
-    return {"tau": (better + 1) / (PERMUTATIONS + 1)}
+    return {"tau": (better + 1) / (times + 1)}
 
 
 def _false_positives(e: Evidence, shuffles: int, progress: Progress | None) -> FalsePositives:
