@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,24 @@ class WorldFacts:
     name: str
     models: tuple[Member, ...]
     targets: dict[str, str]
+
+
+def world_facts(name: str, truth: Mapping[str, Any]) -> WorldFacts:
+    """The facts of a world from its truth.json. Family: the branch below the root that a model hangs from, a merge from
+    its heaviest part; a root is its own family."""
+    branch: dict[str, str] = {}
+    for m in truth["models"]:
+        main = max(m["parents"], key=lambda p: p["weight"], default={"name": None})["name"]
+        branch[m["name"]] = m["name"] if main is None or main == m["root"] else branch[main]
+    members = (
+        Member(
+            m["name"], m["role"], m["root"], branch[m["name"]], tuple(p["name"] for p in m["parents"]),
+            m["relation"], m["use"], tuple(m["styles"]),
+        )
+        for m in truth["models"]
+    )  # fmt: skip
+    kinds = dict.fromkeys(truth["targets"], STYLE) | dict.fromkeys(truth.get("characters", {}), CHARACTER)
+    return WorldFacts(name, tuple(members), kinds)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,29 @@ def test_cells_of_another_experiment_are_refused():
         read(cell("Z", "Y", 0.4))
 
 
+def test_facts_of_a_world_are_read_from_its_truth():
+    def model(name: str, parents: dict[str, float], relation: str = "finetune", root: str = "v") -> dict:
+        ps = [{"name": p, "weight": w} for p, w in parents.items()]
+        return {
+            "name": name,
+            "role": name,
+            "root": root,
+            "parents": ps,
+            "relation": relation,
+            "use": "base",
+            "styles": [],
+        }
+
+    models = [model("v", {}, "root"), model("a", {"v": 1}), model("b", {"v": 1}), model("aa", {"a": 1})]
+    models += [model("m", {"b": 0.3, "aa": 0.7}, "merge"), model("mm", {"m": 1}), model("s", {}, "root", "s")]
+    facts = world_facts("w", {"models": models, "targets": ["ink"], "characters": {"mahiro": ["x"]}})
+    assert {m.name: m.family for m in facts.models} == {
+        "v": "v", "a": "a", "b": "b", "aa": "a", "m": "a", "mm": "a", "s": "s",
+    }  # fmt: skip
+    assert facts.models[4].parents == ("b", "aa")
+    assert facts.targets == {"ink": "style", "mahiro": "character"}
+
+
 @pytest.fixture(scope="module")
 def drawn() -> Drawn:
     return draw(Plan(worlds=5), seed=1)
