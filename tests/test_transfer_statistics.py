@@ -28,6 +28,7 @@ from lineage.transfer_records import (
     WorldFacts,
     cells_csv,
     predictions_hash,
+    world_facts,
 )
 from lineage.transfer_statistics import statistics
 
