@@ -489,6 +489,34 @@ def report(run: Run, result: Path) -> None:
 
 
 @cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--size",
+    type=click.Choice(["quick", "small", "article"]),
+    default="quick",
+    show_default=True,
+    help="6 models, 10, or every role of the article.",
+)
+@click.option("--seed", default=0, show_default=True, help="Another seed: other trees, styles and rates.")
+@_options(VERBOSE, QUIET)
+def world(run: Run, folder: Path, size: str, seed: int) -> None:
+    """Make a miniature world: Stable Diffusion models of known descent, trained on the spot.
+
+    FOLDER is its own: the same call continues, or says that it is done.
+    """
+    with extras("world"), run.progress() as progress:
+        from train import showcase, topology
+        from train import world as worlds
+
+        plan = topology.draw(size, seed)
+        worlds.build(plan, folder, progress)
+        judged = showcase.show(plan, folder, progress)
+    rows = "\n".join(f"{share:6.0%}  {name}" for name, share in judged.models.items())
+    click.echo(f"A judge names the style of {judged.real:.0%} of held-out pictures, and of samples by\n{rows}")
+    run.say(f"Models: {folder / 'models'}\nTheir descent: {folder / 'truth.json'}\nPictures: {folder / 'samples.png'}")
+
+
+@cli.command()
 @click.option(
     "-o",
     "--output",
@@ -502,20 +530,27 @@ def report(run: Run, result: Path) -> None:
 @click.option("--open/--no-open", "show", default=False, help="Open the page in a browser when done.")
 @_options(VERBOSE, QUIET)
 def demo(run: Run, seed: int, show: bool) -> None:
-    """Make a miniature model and a fine-tune of it, draw samples, and measure how far apart they are.
+    """Make a quick world and go round: what a fine-tune changed, the family tree, a merge, an adapter.
 
     The folder is its own: the same call continues, or says that it is done.
     """
     assert run.folder is not None
+    folder, stops = run.folder, []
     with extras("demo"), run.progress() as progress:
-        from train import world
+        from lineage import results
+        from reports.tour_page import Stop, tour
+        from train.demo import demo as stations
 
-        made = world.demo(run.folder, seed=seed, progress=progress)
-    replace(run, folder=made.folder / "svd", force=True).finish(made.svd)
-    page = made.folder / "svd" / "report.html"
-    run.say(f"Models: {made.base}, {made.tuned}\nTheir pictures: {made.samples}\nThe page: {page}")
+        for station in stations(folder, seed=seed, progress=progress):
+            run.say(f"{station.title}: {station.words}")
+            if station.result is not None:
+                replace(run, folder=folder / station.name, force=True).save(station.result)
+            report = f"{station.name}/report.html" if station.result is not None else None
+            stops.append(Stop(station.title, station.words, station.picture and station.picture.read_bytes(), report))
+        results.write_files(folder, {"index.html": tour("A family of miniature models", stops)}, force=True)
+    run.say(f"The page: {folder / 'index.html'}")
     if show:
-        click.launch(str(page))
+        click.launch(str(folder / "index.html"))
 
 
 @cli.command()

@@ -15,7 +15,7 @@ from typing import Any
 from lineage.results import Provenance
 from reports.wording import size
 
-_VOID = {"meta", "link", "input", "br", "hr"}
+_VOID = {"meta", "link", "input", "br", "hr", "img"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lineage.results import write_files
 from train import pictures, pipeline
 from train.fit import pixels
 from train.judge import Judge, Kind, fit
@@ -38,16 +39,24 @@ class Accuracy:
         return sum(self.models.values()) / len(self.models)
 
 
-def sheet(world: World, folder: Path) -> bytes:
-    """PNG: one row per model, one column per style of the world; equal prompt and noise in a column. The last row is
-    drawn by the style itself, not generated."""
+def sheet(world: World, folder: Path, names: Sequence[str] = ()) -> bytes:
+    """PNG: one row per model (all, or those of `names`), one column per style of the world; equal prompt and noise in
+    a column. The last row is drawn by the style itself, not generated."""
     shown = pictures.gallery(world.styles, 1, world.seed, "shown")
     prompts = [p.caption for p in shown]
-    cells = [pipeline.sample(pipeline.load(model_file(folder, m.name)), prompts, world.seed) for m in world.models]
-    names = [m.name for m in world.models] + ["the style itself"]
+    names = names or [m.name for m in world.models]
+    cells = [pipeline.sample(pipeline.load(model_file(folder, name)), prompts, world.seed) for name in names]
     png = io.BytesIO()
-    grid(names, prompts, [*cells, [p.image for p in shown]]).save(png, "PNG")
+    grid([*names, "the style itself"], prompts, [*cells, [p.image for p in shown]]).save(png, "PNG")
     return png.getvalue()
+
+
+def show(world: World, folder: Path, progress: Progress | None = None) -> Accuracy:
+    """Draw samples.png where it is not there yet, and judge."""
+    file = folder / "samples.png"
+    if not file.exists():
+        write_files(folder, {file.name: sheet(world, folder)}, force=True)
+    return accuracy(world, folder, world_judge(world, folder), progress)
 
 
 def accuracy(world: World, folder: Path, judge: Judge, progress: Progress | None = None) -> Accuracy:

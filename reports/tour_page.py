@@ -1,0 +1,33 @@
+"""The first page of a tour: every station with its words, its picture, and the way to its report."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reports.page import Page, Safe, assemble, h, panel, section
+
+
+@dataclass(frozen=True)
+class Stop:
+    """`picture`: a PNG, or None; `report`: path of a page, relative to this one."""
+
+    title: str
+    words: str
+    picture: bytes | None = None
+    report: str | None = None
+
+
+def tour(title: str, stops: Sequence[Stop]) -> str:
+    """One self-contained page."""
+    header = h("header", h("p", h("span", "lineage", class_="badge"), class_="eyebrow"), h("h1", title), class_="top")
+    return assemble(Page(title, (header, h("main", [_stop(stop) for stop in stops]))))
+
+
+def _stop(stop: Stop) -> Safe:
+    shown = stop.picture and h(
+        "img", src=f"data:image/png;base64,{base64.b64encode(stop.picture).decode()}", alt=stop.words, class_="grid"
+    )
+    link = stop.report and h("p", h("a", "The full report", href=stop.report))
+    return section(stop.title, (stop.words,), panel(shown, link))
