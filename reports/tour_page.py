@@ -26,8 +26,7 @@ def tour(title: str, stops: Sequence[Stop]) -> str:
 
 
 def _stop(stop: Stop) -> Safe:
-    shown = stop.picture and h(
-        "img", src=f"data:image/png;base64,{base64.b64encode(stop.picture).decode()}", alt=stop.words, class_="grid"
-    )
+    source = stop.picture and f"data:image/png;base64,{base64.b64encode(stop.picture).decode()}"
+    shown = source and h("div", h("img", src=source, alt=stop.words), class_="pictures")
     link = stop.report and h("p", h("a", "The full report", href=stop.report))
     return section(stop.title, (stop.words,), panel(shown, link))

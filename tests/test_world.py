@@ -18,19 +18,23 @@ import cli
 import lineage
 from lineage.errors import LineageError
 from lineage.results import load_json
-from train import pictures, pipeline, world
-from train.fit import Plan, denoising_loss, encode_latents, fit_autoencoder, pixels, rate, standardise
+from train import demo, judge, pictures, pipeline, topology, world
+from train.fit import Plan, denoising_loss, encode_latents, encode_text, fit_autoencoder, pixels, rate, standardise
 from train.muon import orthogonal
 from train.styles import BACKGROUND, STYLES
 
 SMALL = pipeline.Size(unet=(16, 24), vae=(8, 8, 8), text=16, text_layers=1, heads=2)
 BASE = Plan(steps=3, lr=1e-3, muon_lr=0.02, batch=2)
-TINY = world.World(
+TINY = topology.World(
     models=(
-        world.Model("base", ("micah", "dylan"), BASE),
-        world.Model("tuned", ("pixel-art",), Plan(steps=2, lr=1e-4, batch=2), parent="base"),
+        topology.Model("base", ("micah", "dylan"), BASE),
+        topology.Model("tuned", ("pixel-art",), Plan(steps=2, lr=1e-4, batch=2), parent="base"),
+        topology.Merge("mixed", "half = base + tuned, 0.5, fp16\nmixed = __O1__ + tuned, 0.5, fp16, safetensors\n"),
+        topology.Permuted("shuffled", "tuned"),
     ),
     autoencoder=BASE,
+    targets=("personas",),
+    characters=("hina",),
     pictures=4,
     size=SMALL,
 )
@@ -109,7 +113,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.*"))}
+    found = [f for f in sorted(folder.rglob("*.*")) if "config" not in f.parts]
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in found}
 
 
 def test_tokenizer_is_clips(folder: Path):
@@ -125,8 +130,9 @@ def test_same_seed_same_files(folder: Path, tmp_path: Path):
 
 def test_another_seed_another_world(folder: Path):
     other = replace(TINY, seed=1)
-    keys = {world.stage_key(w, m) for w in (TINY, other) for m in (None, *TINY.models)}
-    assert len(keys) == 6
+    keys = {world.stage_key(w, m) for w in (TINY, other) for m in TINY.models}
+    assert len(keys) == 8
+    assert world.autoencoder_key(TINY) == world.autoencoder_key(other)
 
 
 class Stop(Exception):
@@ -153,16 +159,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Pa
 
 
 def test_finished_stages_are_kept_and_steps_add_up(folder: Path):
-    before = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")}
+    before = {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")}
     seen: list[tuple[int, int]] = []
     world.build(TINY, folder, lambda done, total, label: seen.append((done, total)))
     assert seen[-1] == (8, 8)
-    assert {f.name: f.stat().st_mtime_ns for f in folder.glob("*.safetensors")} == before
+    assert {f.name: f.stat().st_mtime_ns for f in folder.rglob("*.safetensors")} == before
 
 
 def test_a_damaged_stage_is_made_again(folder: Path, tmp_path: Path):
     made = world.build(TINY, tmp_path / "w")
-    (made / "tuned.safetensors").write_bytes(b"cut short")
+    (made / "models" / "tuned.safetensors").write_bytes(b"cut short")
     assert hashes(world.build(TINY, made)) == hashes(folder)
 
 
@@ -175,12 +181,13 @@ def test_another_world_is_refused(folder: Path, tmp_path: Path):
 
 
 def test_single_file_loads_in_diffusers_with_equal_values_and_samples(folder: Path, tmp_path: Path):
-    made = world.blank(TINY, folder)
+    made = world.blank(TINY, folder, 0)
     for part in (made.unet, made.text_encoder, made.vae):
         part.half().float()
-    pipeline.save(made, tmp_path / "model.safetensors", {})
+    (tmp_path / "models").mkdir()
+    pipeline.save(made, tmp_path / "models" / "model.safetensors", {})
     shutil.copytree(folder / "config", tmp_path / "config")
-    loaded = pipeline.load(tmp_path / "model.safetensors")
+    loaded = pipeline.load(tmp_path / "models" / "model.safetensors")
     for name in ("unet", "text_encoder", "vae"):
         want, got = getattr(made, name).state_dict(), getattr(loaded, name).state_dict()
         assert want.keys() == got.keys()
@@ -191,13 +198,13 @@ def test_single_file_loads_in_diffusers_with_equal_values_and_samples(folder: Pa
 
 
 def test_files_are_recognised(folder: Path):
-    found = lineage.inspect(folder / "tuned.safetensors")
+    found = lineage.inspect(world.model_file(folder, "tuned"))
     assert (found.layout, found.architecture) == ("ldm", "sd1")
     assert set(found.components) == {"unet", "text_encoder", "vae"}
 
 
 def test_fine_tune_leaves_the_autoencoder_and_moves_the_rest(folder: Path):
-    base, tuned = (load_file(folder / f"{name}.safetensors") for name in ("base", "tuned"))
+    base, tuned = (load_file(world.model_file(folder, name)) for name in ("base", "tuned"))
     assert base.keys() == tuned.keys()
     vae = {name for name in base if name.startswith("first_stage_model.")}
     assert all(torch.equal(base[name], tuned[name]) for name in vae)
@@ -205,7 +212,7 @@ def test_fine_tune_leaves_the_autoencoder_and_moves_the_rest(folder: Path):
 
 
 def test_standardised_latents_and_an_unchanged_autoencoder(folder: Path):
-    vae = world.blank(TINY, folder).vae
+    vae = world.blank(TINY, folder, 0).vae
     images = pixels(pictures.gallery(["micah", "dylan"], 8, seed=0))
     with torch.no_grad():
         before = vae.encode(images).latent_dist
@@ -221,7 +228,7 @@ def test_standardised_latents_and_an_unchanged_autoencoder(folder: Path):
 
 
 def test_uncapped_loss_is_the_error_of_v(folder: Path):
-    made = world.blank(TINY, folder)
+    made = world.blank(TINY, folder, 0)
     latents = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     text = torch.zeros(6, 77, SMALL.text)
     generator = torch.Generator().manual_seed(2)
@@ -240,20 +247,138 @@ def test_uncapped_loss_is_the_error_of_v(folder: Path):
 
 @pytest.mark.slow
 def test_autoencoder_learns(folder: Path):
-    vae = world.blank(TINY, folder).vae
+    vae = world.blank(TINY, folder, 0).vae
     images = pixels(pictures.gallery(["micah", "dylan"], 24, seed=0))
     losses = [s.loss for s in fit_autoencoder(vae, images, Plan(80, 2e-3, muon_lr=0.02, batch=8), seed=0)]
     assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:4])
 
 
+def test_truth_names_parents_and_weights(folder: Path):
+    told = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    found = {m["name"]: m for m in told["models"]}
+    assert [m["relation"] for m in told["models"]] == ["root", "finetune", "merge", "permuted"]
+    assert {p["name"]: p["weight"] for p in found["mixed"]["parents"]} == {"base": 0.25, "tuned": 0.75}
+    assert {m["root"] for m in told["models"]} == {"base"}
+    assert found["mixed"]["styles"] == ["micah", "dylan", "pixel-art"]
+    assert told["characters"] == {"hina": ["dylan", "micah"]}
+
+
+def test_a_merge_is_what_its_recipe_says(folder: Path):
+    base, tuned, mixed = (load_file(world.model_file(folder, name)) for name in ("base", "tuned", "mixed"))
+    for name in base:
+        if "model" in name and base[name].is_floating_point():
+            half = 0.5 * base[name] + 0.5 * tuned[name]
+            assert torch.equal(mixed[name], 0.5 * half + 0.5 * tuned[name]), name
+
+
+def test_permuted_computes_the_same_from_weights_that_moved(folder: Path):
+    tuned, shuffled = (pipeline.load(world.model_file(folder, name)) for name in ("tuned", "shuffled"))
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        said = [p.unet(latents, 500, encode_text(p, ["by micah", "smile"])).sample for p in (tuned, shuffled)]
+    torch.testing.assert_close(said[0], said[1], atol=2e-5, rtol=1e-3)
+    for part in ("unet", "text_encoder"):
+        was, now = (getattr(p, part).state_dict() for p in (tuned, shuffled))
+        assert all(torch.equal(was[k].flatten().sort().values, now[k].flatten().sort().values) for k in was)
+        moved = {k for k in was if not torch.equal(was[k], now[k])}
+        assert {k.split(".")[-2] for k in moved} >= (
+            {"to_q", "conv1", "conv2"} if part == "unet" else {"fc1", "q_proj"}
+        )
+
+
+@pytest.mark.parametrize("size", topology.SHAPES)
+def test_topologies_are_family_trees_of_unseen_targets(size: str):
+    drawn = [topology.draw(size, seed) for seed in range(5)]
+    assert len({json.dumps(topology.to_json(w)) for w in drawn}) == 5
+    assert topology.to_json(drawn[0]) == topology.to_json(topology.draw(size, 0))
+    for w in drawn:
+        known: set[str] = set()
+        for member in w.models:
+            assert set(w.parents(member.name)) <= known
+            known.add(member.name)
+        assert len(known) == len(w.models)
+        assert not set(w.targets) & set(w.styles)
+        assert len(w.targets) == 3
+        assert {w.root(m.name) for m in w.models} == {"vanilla", "stranger"}
+        assert all(w.root(p) == "vanilla" for m in w.models for p in w.parents(m.name))
+
+
+def test_seeds_draw_other_trees():
+    trees = {
+        tuple((m.name, *w.parents(m.name)) for m in w.models) for w in (topology.draw("small", s) for s in range(9))
+    }
+    assert len(trees) > 5
+
+
+def test_the_article_world_has_its_recipes():
+    w = topology.draw("article")
+    merges = {m.name: m.recipe for m in w.models if isinstance(m, topology.Merge)}
+    golden = {"nai-full-pruned": -2.0} | dict.fromkeys(("bp_nman_e29", *topology.OTHERS), 0.5)
+    for name in ("tmp3", "AleaMix", "tmp3-ad", "AleaMix-ad"):
+        assert set(w.parents(name)) <= set(golden)
+    assert len(w.parents("AleaMix")) == 7
+    assert {m.role for m in w.models} >= {
+        "NAI",
+        "AC",
+        "BP",
+        "NMFSAN",
+        "NED",
+        "VBP",
+        "MFB",
+        "Salt-Mix",
+        "Mix-Pro",
+        "nep",
+    }
+    assert merges["AleaMix-ad"].count("nai-full-pruned") == 6
+
+
+def test_characters_keep_their_traits_and_are_told_by_name():
+    for picture in pictures.portraits(["hina"], ["micah"], 4, seed=0):
+        assert picture.tags[:2] == ("by micah", "hina")
+        assert not set(pictures.CHARACTERS["hina"].values()) & set(picture.tags)
+    [pair] = pictures.portraits(["hina", "taro"], ["micah"], 1, seed=0)
+    assert pair.image.size == (64, 64)
+    assert {"hina", "taro"} <= set(pair.tags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", judge.KINDS)
+def test_judges_tell_styles_and_characters_they_were_not_shown(kind: judge.Kind):
+    styles = ["micah", "pixel-art", "dylan"]
+    learned = judge.fit(styles, 0, characters=["hina"], kind=kind, count=60, plan=replace(judge.PLAN, steps=150))
+    held_out = judge.examples(styles, ["hina"], 20, 0, "test")
+    assert learned.accuracy(held_out) > 0.95
+    scores = learned.scores(pixels(held_out))[:, -1]
+    shown = torch.tensor([bool(p.names) for p in held_out])
+    order = torch.stack([(s > scores[~shown]).float().mean() for s in scores[shown]])
+    assert order.mean() > 0.9
+
+
 @pytest.mark.slow
 def test_demo_command_leaves_its_files_and_may_be_called_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(world, "demo", partial(world.demo, world=TINY))
+    monkeypatch.setattr(demo, "demo", partial(demo.demo, plan=TINY, steps=2))
+    monkeypatch.setattr(judge, "PLAN", Plan(steps=5, lr=1e-3, batch=4))
     assert [cli._exit_code(["demo", "-q", "-o", str(folder)]) for _ in range(2)] == [0, 0]
-    assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "world.json").read_text(encoding="utf-8")) == TINY.to_json()
+    for picture in ("samples.png", "merge/samples.png", "loha/samples.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "world.json").read_text(encoding="utf-8")) == topology.to_json(TINY)
     assert "Micah Lanier" in (folder / "CREDITS.md").read_text(encoding="utf-8")
     found = load_json(folder / "svd" / "result.json")
     assert found["summary"]["components"]["vae"]["frobenius"] == 0
-    assert "</html>" in (folder / "svd" / "report.html").read_text(encoding="utf-8")
-    assert cli._exit_code(["demo", "-q", "-o", str(folder), "--seed", "1"]) == 2
+    assert (folder / "merge" / "mixed.safetensors").read_bytes() == world.model_file(folder, "mixed").read_bytes()
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    for name in ("svd", "cluster", "merge"):
+        assert f'href="{name}/report.html"' in page
+        assert "</html>" in (folder / name / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_world_command_says_what_the_judge_sees(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(topology, "draw", lambda size, seed: TINY)
+    monkeypatch.setattr(judge, "PLAN", Plan(steps=5, lr=1e-3, batch=4))
+    assert cli._exit_code(["world", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "held-out pictures" in out
+    assert out.splitlines()[-1].endswith("tuned")

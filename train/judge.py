@@ -52,7 +52,7 @@ def fit(
     vae: Any = None,
     kind: Kind = "network",
     count: int = 120,
-    plan: Plan = PLAN,
+    plan: Plan | None = None,
 ) -> Judge:
     """Learn to tell `styles` and `characters` from `count` pictures of each style (and as many with characters).
 
@@ -64,7 +64,7 @@ def fit(
     if vae is not None:
         images, truth = torch.cat([images, decoded(vae, images[::2])]), torch.cat([truth, truth[::2]])
     learn = _network if kind == "network" else _features
-    return Judge(labels, len(styles), learn(images, truth, plan, seed))
+    return Judge(labels, len(styles), learn(images, truth, plan or PLAN, seed))
 
 
 def examples(styles: Sequence[str], characters: Sequence[str], count: int, seed: int, part: str) -> list[Picture]:

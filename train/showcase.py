@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[int, int, str], None]
+PICTURES = 120
+"""Per style, that a judge learns from."""
+
 HELD_OUT = 12
 """Captions per style that no model has seen."""
 
@@ -81,4 +84,5 @@ def samples(model: Model, folder: Path, like: list[Picture], seed: int) -> Tenso
 def world_judge(world: World, folder: Path, kind: Kind = "network") -> Judge:
     """A judge of all styles, targets and characters of a world, its pictures disjoint from everything else."""
     vae = pipeline.load(model_file(folder, world.models[0].name)).vae
-    return fit([*world.styles, *world.targets], world.seed, characters=world.characters, vae=vae, kind=kind)
+    styles, count = [*world.styles, *world.targets], min(PICTURES, world.pictures)
+    return fit(styles, world.seed, characters=world.characters, vae=vae, kind=kind, count=count)
