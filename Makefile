@@ -7,7 +7,7 @@ STAMP := .venv/installed
 .PHONY: help setup demo test fast check bench clean
 
 help:
-	@echo "make demo    make a miniature model and a fine-tune of it, and compare them"
+	@echo "make demo    make a family of miniature models, and try every command on it"
 	@echo "make test    run all tests (make fast: without the slow ones)"
 	@echo "make check   formatting, lint and types"
 	@echo "make bench   the benchmarks of docs/benchmarks.md; long"
