@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lineage.extraction import extract
     from lineage.inspection import inspect
     from lineage.merging import apply, merge
+    from lineage.predicting import predict
     from lineage.resizing import resize
 
 _EXPORTS = {
@@ -21,11 +22,23 @@ _EXPORTS = {
     "open_adapter": "lineage.adapters",
     "merge": "lineage.merging",
     "apply": "lineage.merging",
+    "predict": "lineage.predicting",
     "extract": "lineage.extraction",
     "resize": "lineage.resizing",
 }
 
-__all__ = ["apply", "cluster", "extract", "inspect", "merge", "open_adapter", "open_checkpoint", "resize", "svd"]
+__all__ = [
+    "apply",
+    "cluster",
+    "extract",
+    "inspect",
+    "merge",
+    "open_adapter",
+    "open_checkpoint",
+    "predict",
+    "resize",
+    "svd",
+]
 
 
 def __getattr__(name: str) -> Any:

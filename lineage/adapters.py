@@ -60,6 +60,7 @@ _EXTRAS = {
 _ENDINGS = sorted({**_SLOTS, **_EXTRAS}.items(), key=lambda item: -len(item[0]))
 _PREFIXES = ("", "unet.", "text_encoder.", "text_encoder_2.")
 _SCALAR_CARRIERS = (_UP, "hada_w1_a", "lokr_w1", "lokr_w1_a")
+NO_MODULE = "the model has no such module"
 BIAS = ".bias"  # ends the module name of a difference that belongs to a bias
 
 
@@ -290,7 +291,7 @@ def _target(module: str, known: Mapping[str, str], specs: Mapping[str, Param]) -
     if len(fits) > 1:
         raise LineageError(f"fits {' and '.join(sorted(fits))}")
     if not fits:
-        raise LineageError("the model has no such module")
+        raise LineageError(NO_MODULE)
     (weight,) = fits
     if not module.endswith(BIAS):
         return weight

@@ -103,6 +103,12 @@ def scan(
     return Folder(folder, tuple(_named(_grouped(items), folder)))
 
 
+def look(path: str | Path) -> Item:
+    """What one file or model folder is, from its header; `reason` says why where it cannot be read."""
+    path = Path(path)
+    return replace(_look(lone(path))[0], name=_own_name(path, path.parent))
+
+
 def declared_parent(item: Item, models: Mapping[str, str], short: Mapping[str, str] | None = None) -> str | None:
     """The name of the model that `item` declares as its parent, if it is among them. models: name -> sha256; short:
     name -> the web UI's old 8-digit hash. A hash counts before a name; a name that fits several counts for nothing."""
@@ -110,12 +116,12 @@ def declared_parent(item: Item, models: Mapping[str, str], short: Mapping[str, s
         found = sorted(name for name, digest in known.items() if wanted and digest.lower() == wanted.lower())
         if found:
             return found[0]
-    said = {_stem(item.declared[key]) for key in ("name", "base_model") if item.declared.get(key)}
-    named = [name for name in models if _stem(name) in said]
+    said = {stem(item.declared[key]) for key in ("name", "base_model") if item.declared.get(key)}
+    named = [name for name in models if stem(name) in said]
     return named[0] if len(named) == 1 else None
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """The last part of a path or repository name, without the ending of a model file, in lower case."""
     last = re.split(r"[/\\]", name)[-1].lower()
     return last.rpartition(".")[0] if last.endswith((".safetensors", *PICKLES)) else last
