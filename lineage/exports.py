@@ -9,10 +9,11 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lineage.cluster_result import ClusterResult, Edge
 from lineage.results import Result
+from lineage.transfer_records import Cell, TransferResult
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 # What the Hugging Face hub knows as base_model_relation; it has no word for the rest
@@ -24,7 +25,9 @@ COLUMNS = (
 
 
 def exports(result: Result) -> dict[str, str]:
-    """File name -> text of each export; none for results that are no graph."""
+    """File name -> text of each export: of a graph, and the cells of a transfer experiment."""
+    if isinstance(result, TransferResult):
+        return {"cells.csv": cells_csv(result.cells)}
     return {name: write(result) for name, write in EXPORTS.items()} if isinstance(result, ClusterResult) else {}
 
 
@@ -95,6 +98,28 @@ def edges_csv(result: ClusterResult) -> str:
             "evidence": _reasons(e),
         }
         rows.writerow([_cell(more[c] if c in more else getattr(e, c)) for c in COLUMNS])
+    return text.getvalue()
+
+
+CELL_FIELDS = (
+    "world", "seed", "target", "kind", "network", "setup", "base", "model", "weight", "step",
+    "loss", "loss_error", "own_loss",
+)  # fmt: skip
+
+
+def cells_csv(cells: Sequence[Cell]) -> str:
+    """One row per cell, judges as columns "strength NAME" and "retention NAME"; empty where not measured."""
+    judges = [
+        (of, name)
+        for of in ("strength", "retention")
+        for name in sorted({n for c in cells for n in getattr(c, f"{of}_judges")})
+    ]
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([*CELL_FIELDS, *(_cell(f"{of} {name}") for of, name in judges)])
+    for c in cells:
+        scores = [getattr(c, f"{of}_judges").get(name) for of, name in judges]
+        rows.writerow([_cell(v) for v in (*(getattr(c, name) for name in CELL_FIELDS), *scores)])
     return text.getvalue()
 
 

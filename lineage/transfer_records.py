@@ -301,29 +301,3 @@ def predictions_hash(predictions: Iterable[PairPrediction]) -> str:
     """sha256 of predictions, whatever their order."""
     rows = [to_json(p) for p in sorted(predictions, key=lambda p: (p.world, p.base, p.model))]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-CSV_FIELDS = (
-    "world", "seed", "target", "kind", "network", "setup", "base", "model", "weight", "step",
-    "loss", "loss_error", "own_loss",
-)  # fmt: skip
-
-
-def cells_csv(cells: Iterable[Cell]) -> str:
-    """One row per cell, judges as columns "strength NAME" and "retention NAME"; empty where not measured."""
-    import csv
-    import io
-
-    cells = list(cells)
-    judges = {
-        f"{of} {name}": (of, name)
-        for of in ("strength", "retention")
-        for name in sorted({n for c in cells for n in getattr(c, f"{of}_judges")})
-    }
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow([*CSV_FIELDS, *judges])
-    for c in cells:
-        scores = [getattr(c, f"{of}_judges").get(name) for of, name in judges.values()]
-        rows.writerow([getattr(c, name) for name in CSV_FIELDS] + scores)
-    return text.getvalue()

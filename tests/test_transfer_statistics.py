@@ -15,6 +15,7 @@ from scipy import stats
 from synthetic_transfer import Drawn, Plan, draw, transfer_result
 
 from lineage.errors import LineageError
+from lineage.exports import cells_csv, exports
 from lineage.predictors import CONSTANT, LOSS_OF_MODEL, ORACLE, PREDICTED
 from lineage.records import restore
 from lineage.results import dumps, to_json
@@ -26,7 +27,6 @@ from lineage.transfer_records import (
     Score,
     TransferResult,
     WorldFacts,
-    cells_csv,
     predictions_hash,
     world_facts,
 )
@@ -163,6 +163,8 @@ def test_the_sheet_holds_every_cell(result):
     assert len(rows) == len(result.cells)
     assert [float(r["loss"]) for r in rows] == [c.loss for c in result.cells]
     assert [r["base"] for r in rows] == [c.base or "" for c in result.cells]
+    assert exports(result) == {"cells.csv": cells_csv(result.cells)}
+    assert "'=1+1" in cells_csv([replace(result.cells[0], world="=1+1")])
     assert float(rows[3]["strength clip"]) == result.cells[3].strength_judges["clip"]
 
 
