@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lineage.errors import LineageError
 from lineage.folder import stem
-from lineage.predict_result import Advice
-from lineage.prediction import Constants, FamilyTree, Prediction, predict_pair
+from lineage.predict_result import Advice, Constants, Prediction
+from lineage.prediction import FamilyTree, predict_pair
 from lineage.recipe import did_you_mean
 
 PHRASES = {

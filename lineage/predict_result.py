@@ -4,11 +4,55 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lineage.prediction import Constants, Prediction
 from lineage.results import Provenance
 
 OTHER_ARCHITECTURE, BASE_UNKNOWN = "other architecture", "base unknown"
 CERTAIN, LIKELY, GUESS, UNKNOWN = "certain", "likely", "a guess", "unknown"
+
+
+@dataclass(frozen=True)
+class Constants:
+    """scale: relative distance at which strength has fallen to 1/e. own: 0 to 2, how much what X learned beyond their
+    common way counts in the squared distance, against 2 - own for what Y learned; 1 is the plain distance. weak:
+    strength below it; loses: retention below it. source: where they come from."""
+
+    scale: float
+    own: float
+    weak: float
+    loses: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a prediction for (X, Y) is made of. distance: ||X - Y|| / sqrt(||X|| ||Y||), null where they cannot be
+    compared. steps: edges between them in the tree, null without a way. beyond: squared relative length of what X
+    learned and Y did not; missing: of what Y learned and X did not; together distance^2. lacks: share of Y's style
+    vector that X lacks. cosine: of their style vectors. Strangers: 0, 0, 1, 0."""
+
+    distance: float | None
+    steps: int | None
+    beyond: float = 0.0
+    missing: float = 0.0
+    lacks: float = 1.0
+    cosine: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of an adapter trained on `base` and applied to `model`: how strong its style is there, and how much of the
+    model's own style is left, both 0 to 1. relation: what the base is to the model. verdict: WORKS, WEAK, LOSES or one
+    of STRANGERS. confidence: that of the least sure edge between them, null where the tree shows no way."""
+
+    base: str
+    model: str
+    strength: float
+    retention: float
+    relation: str
+    verdict: str
+    reason: str
+    confidence: float | None
+    features: Features
 
 
 @dataclass(frozen=True)

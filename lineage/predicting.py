@@ -22,12 +22,13 @@ from lineage.predict_result import (
     BASE_UNKNOWN,
     OTHER_ARCHITECTURE,
     AdapterFacts,
+    Constants,
     Forecast,
     ListedModel,
     PredictResult,
     TrainingBase,
 )
-from lineage.prediction import THEORY, Constants, FamilyTree, code_hash, family_tree, predict_pair
+from lineage.prediction import THEORY, FamilyTree, code_hash, family_tree, predict_pair
 from lineage.results import provenance
 from lineage.training_base import Candidate, training_base
 

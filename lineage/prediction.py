@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from math import exp, sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import numpy as np
@@ -24,7 +25,7 @@ from scipy.spatial.distance import squareform
 
 from lineage.cluster_result import ClusterResult, Edge
 from lineage.errors import LineageError
-from lineage.gram import Gram
+from lineage.predict_result import Constants, Features, Prediction
 from lineage.prediction_words import (
     ANCESTOR,
     COUSIN,
@@ -42,6 +43,9 @@ from lineage.prediction_words import (
     reason,
 )
 
+if TYPE_CHECKING:
+    from lineage.gram import Gram
+
 NO_KIN = ("component", "permuted")  # relations that carry no training from one model to the other
 FARTHEST = 2.0  # relative distance that stands for what cannot be compared
 MANY_STEPS = 99  # steps that stand for no way
@@ -49,52 +53,7 @@ MANY_STEPS = 99  # steps that stand for no way
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Constants:
-    """scale: relative distance at which strength has fallen to 1/e. own: 0 to 2, how much what X learned beyond their
-    common way counts in the squared distance, against 2 - own for what Y learned; 1 is the plain distance. weak:
-    strength below it; loses: retention below it. source: where they come from."""
-
-    scale: float = 0.1
-    own: float = 1.0
-    weak: float = 0.4
-    loses: float = 0.25
-    source: str = "the theory's, not fitted to measurements"
-
-
-THEORY = Constants()
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a prediction for (X, Y) is made of. distance: ||X - Y|| / sqrt(||X|| ||Y||), null where they cannot be
-    compared. steps: edges between them in the tree, null without a way. beyond: squared relative length of what X
-    learned and Y did not; missing: of what Y learned and X did not; together distance^2. lacks: share of Y's style
-    vector that X lacks. cosine: of their style vectors. Strangers: 0, 0, 1, 0."""
-
-    distance: float | None
-    steps: int | None
-    beyond: float = 0.0
-    missing: float = 0.0
-    lacks: float = 1.0
-    cosine: float = 0.0
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Of an adapter trained on `base` and applied to `model`: how strong its style is there, and how much of the
-    model's own style is left, both 0 to 1. relation: what the base is to the model. verdict: WORKS, WEAK, LOSES or one
-    of STRANGERS. confidence: that of the least sure edge between them, null where the tree shows no way."""
-
-    base: str
-    model: str
-    strength: float
-    retention: float
-    relation: str
-    verdict: str
-    reason: str
-    confidence: float | None
-    features: Features
+THEORY = Constants(scale=0.1, own=1.0, weak=0.4, loses=0.25, source="the theory's, not fitted to measurements")
 
 
 BASELINES: dict[str, Callable[[Features], float]] = {
