@@ -222,6 +222,26 @@ def cluster(run: Run, folder: Path, sketch: bool, **options):
 
 
 @cli.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[ADAPTER | TARGET...] FOLDER")
+@click.option("--targets", "listed", is_flag=True, help="The arguments before FOLDER are models to train for.")
+@click.option("--target", "more", multiple=True, metavar="MODEL", help="A model to train for; repeatable.")
+@result_verb()
+def predict(run: Run, paths: Sequence[str], listed: bool, more: Sequence[str]):
+    """On which models of FOLDER will ADAPTER work, by the family tree alone; with targets, on what to train for them.
+
+    No model is run: every file is read once, later calls take its fingerprint from the cache.
+    """
+    import lineage
+
+    *before, folder = paths
+    adapters, targets = ([], [*more, *before]) if listed else (before, [*more])
+    if len(adapters) + bool(targets) != 1:
+        raise click.UsageError("Give ADAPTER FOLDER, or --targets MODEL... FOLDER.")
+    with run.progress() as progress:
+        return lineage.predict(adapters[0] if adapters else None, folder, targets=targets, progress=progress)
+
+
+@cli.command()
 @click.argument("file", type=EXISTING)
 @_options(JSON, VERBOSE, QUIET)
 def inspect(run: Run, file: Path) -> None:

@@ -18,6 +18,7 @@ PHRASES = {
     "merge": "shares a merge with {}",
     "sibling": "is a sibling of {}",
     "cousin": "is a cousin of {}",
+    "kin": "is kin to {}",
     "permuted": "has the units of {} in another order",
     "other root": "shares no training with {}",
 }

@@ -30,6 +30,7 @@ from lineage.prediction_words import (
     ANCESTOR,
     COUSIN,
     DESCENDANT,
+    KIN,
     LOSES,
     MERGE,
     OTHER_ROOT,
@@ -236,7 +237,9 @@ def _relation(tree: FamilyTree, x: str, y: str, way: Way) -> str:
         return PERMUTED if tree.roots[x] == tree.roots[y] else OTHER_ROOT
     if way.line:
         return MERGE if way.merged else ANCESTOR if way.line[0] == x else DESCENDANT
-    return SIBLING if _steps(tree, x, y) <= 2 else COUSIN
+    if way.common is None:
+        return KIN
+    return SIBLING if all(tree.descent.has_edge(way.common, name) for name in (x, y)) else COUSIN
 
 
 def _confidence(tree: FamilyTree, x: str, y: str) -> float | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 SAME, ANCESTOR, DESCENDANT, SIBLING, COUSIN = "same", "ancestor", "descendant", "sibling", "cousin"
-MERGE, PERMUTED, OTHER_ROOT = "merge", "permuted", "other root"
+MERGE, KIN, PERMUTED, OTHER_ROOT = "merge", "kin", "permuted", "other root"
 WORKS, WEAK, LOSES = "works", "weak", "loses this model's style"
 STRANGERS = (PERMUTED, OTHER_ROOT)
 MOST_NAMED = 3
@@ -38,7 +38,9 @@ def _kin(base: str, model: str, relation: str, way: Way) -> str:
         return f"{base} and {model} share training, but their units are in another order"
     if way.line:
         return _descent(way)
-    return f"{base} and {model} " + (f"both descend from {way.common}" if way.common else "are of one tree")
+    return f"{base} and {model} " + (
+        f"both descend from {way.common}" if way.common else "are kin, in an order that is not known"
+    )
 
 
 def _descent(way: Way) -> str:

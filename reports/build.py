@@ -8,12 +8,14 @@ from typing import Any
 from lineage.cluster_result import ClusterResult
 from lineage.errors import LineageError
 from lineage.extract_result import AdapterResult
+from lineage.predict_result import PredictResult
 from lineage.records import restore
 from lineage.results import MergeResult, SvdResult
 from reports.adapter_page import adapter_page
 from reports.cluster_page import cluster_page
 from reports.merge_page import merge_page
 from reports.page import Page, assemble
+from reports.predict_page import predict_page
 from reports.rates_page import rates_page
 from reports.svd_page import svd_page
 from train.rates import RatesResult
@@ -23,6 +25,7 @@ PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "merge": (MergeResult, merge_page),
     "cluster": (ClusterResult, cluster_page),
     "adapter": (AdapterResult, adapter_page),
+    "predict": (PredictResult, predict_page),
     "rates": (RatesResult, rates_page),
 }
 

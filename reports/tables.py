@@ -12,10 +12,13 @@ from rich.text import Text
 
 from lineage.cluster_result import ClusterResult, Edge
 from lineage.extract_result import AdapterResult
+from lineage.predict_result import PredictResult
 from lineage.records import restore
 from reports.adapter_page import answer as adapter_answer
 from reports.cluster_words import added, answer, edge_words, formula
 from reports.forest import forest
+from reports.predict_words import answer as predict_answer
+from reports.predict_words import constants_words, for_own_style, warnings
 from reports.wording import count, number, percent, size
 
 LAYERS_SHOWN = 10
@@ -216,9 +219,51 @@ def adapter(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table
         yield plain(f"left out: {count(len(shares), 'parameter')}, {percent(known)} of the squared change: {reason}")
 
 
+def predict(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table]:
+    """The answer, and a row per model in the order of the family tree; or both rankings of bases."""
+    found = restore(PredictResult, result)
+    yield plain(predict_answer(found))
+    for warning in warnings(found):
+        yield plain(f"Mind: {warning}")
+    yield Text()
+    if found.adapter is not None:
+        yield _forecasts(found, verbosity)
+    elif found.advice:
+        yield _ranking(
+            "if the trained style should stay", [(a.base, a.stays, a.words) for a in found.advice], verbosity
+        )
+        own = [(a.base, a.through, a.words) for a in for_own_style(found)]
+        yield _ranking("if the targets' own style should come through", own, verbosity)
+    yield plain(constants_words(found))
+
+
+def _forecasts(found: PredictResult, verbosity: int) -> Table:
+    depth = {m.name: m.depth for m in found.models}
+    shown = found.forecasts if verbosity > 0 else found.forecasts[:MODELS_SHOWN]
+    title = f"{len(shown)} of {len(depth)} models, -v shows all" if len(shown) < len(depth) else ""
+    made = table("model", "verdict", ">strength", ">own style", "why", title=title)
+    for f in shown:
+        made.add_row(
+            plain("  " * depth[f.model] + f.model), f.verdict, _share(f.strength), _share(f.retention), plain(f.reason)
+        )
+    return made
+
+
+def _ranking(title: str, rows: list[tuple[str, float, str]], verbosity: int) -> Table:
+    made = table("train on", ">score", "which", title=title)
+    for base, score, words in rows if verbosity > 0 else rows[:LAYERS_SHOWN]:
+        made.add_row(plain(base), f"{score:.2f}", plain(words))
+    return made
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {
     "svd": svd,
     "merge": merge,
     "cluster": cluster,
     "adapter": adapter,
+    "predict": predict,
 }
