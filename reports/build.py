@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lineage.cluster_result import ClusterResult
@@ -11,13 +13,16 @@ from lineage.extract_result import AdapterResult
 from lineage.predict_result import PredictResult
 from lineage.records import restore
 from lineage.results import MergeResult, SvdResult
+from lineage.transfer_records import TransferResult
 from reports.adapter_page import adapter_page
 from reports.cluster_page import cluster_page
+from reports.embedding import embedded
 from reports.merge_page import merge_page
-from reports.page import Page, assemble
+from reports.page import Page, assemble, visible
 from reports.predict_page import predict_page
 from reports.rates_page import rates_page
 from reports.svd_page import svd_page
+from reports.transfer_page import transfer_page
 from train.rates import RatesResult
 
 PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
@@ -27,11 +32,13 @@ PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "adapter": (AdapterResult, adapter_page),
     "predict": (PredictResult, predict_page),
     "rates": (RatesResult, rates_page),
+    "transfer": (TransferResult, transfer_page),
 }
 
 
-def build(result: dict[str, Any]) -> str:
+def build(result: dict[str, Any], folder: Path | None = None) -> str:
     """The page of a result, as `lineage.results.to_json` or `load_json` gives it; nothing in it loads from outside.
+    Pictures that the result names are read from `folder`, and become part of the page.
 
     Raises LineageError for a kind that has no page, or a field that is missing or of another type.
     """
@@ -39,4 +46,8 @@ def build(result: dict[str, Any]) -> str:
     if kind not in PAGES:
         raise LineageError(f"result: no page for kind {kind!r}. Known kinds: {', '.join(sorted(PAGES))}.")
     record, page = PAGES[kind]
-    return assemble(page(restore(record, result)))
+    made = page(restore(record, result))
+    if made.pictures:
+        pictures = {visible(name): data for name, data in embedded(folder, made.pictures).items()}
+        made = replace(made, data={**made.data, "pictures": pictures})
+    return assemble(made)

@@ -25,12 +25,14 @@ class Safe(str):
 
 @dataclass(frozen=True)
 class Page:
-    """One page before it is assembled: `data` reaches the scripts as JSON, `scripts` are asset names run in order."""
+    """One page before it is assembled: `data` reaches the scripts as JSON, `scripts` are asset names run in order.
+    `pictures`: files beside the result that `build` embeds as data["pictures"]."""
 
     title: str
     body: tuple[Safe, ...]
     data: dict[str, Any] = field(default_factory=dict)
     scripts: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
 
 
 def h(tag: str, *children: Any, **attributes: Any) -> Safe:

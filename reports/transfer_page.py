@@ -1,0 +1,383 @@
+"""The page of `lineage transfer-test`: what was found, matrices along the family tree, predictors, claims, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from lineage.transfer_measures import Readings, readings
+from lineage.transfer_records import (
+    CONTRADICTED,
+    DEFAULT,
+    NOT_TESTABLE,
+    SUPPORTED,
+    UNDECIDED,
+    VERDICTS,
+    Cell,
+    Hypothesis,
+    PairPrediction,
+    TransferResult,
+    WorldFacts,
+)
+from lineage.transfer_statistics import retention_measure
+from reports.figures import Figure
+from reports.kin_matrix import Branch, Entry, branches, kin_matrix
+from reports.page import Page, Safe, footer, h, listing, panel, plot, section, visible
+from reports.transfer_figures import effect_dots, pair_means, predictor_dots, scatter, shown_world, speed_curves
+from reports.transfer_words import answer, findings
+from reports.wording import UNKNOWN, count, number, percent
+
+LISTED = 300
+TONES = {SUPPORTED: "held", CONTRADICTED: "fell", UNDECIDED: "open", NOT_TESTABLE: "untested"}
+SCORE_HEADS = (
+    "Of", "Figure", "Predictor", "Mean", "95 % interval", "Median", "p", "Share of halves", "Share of perfect",
+)  # fmt: skip
+FIGURES = (
+    ("tau", "Order of the bases", "Kendall's tau between predicted and measured order of the bases of one model."),
+    (
+        "centred",
+        "Pairs alone",
+        "Spearman after good bases and good models are taken out: what is left is the pair's own.",
+    ),
+    ("regret", "Cost of the advice", "Lift lost by training on the recommended base; less is better."),
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """What all sections draw from: the readings, and the one world that matrices and pictures show."""
+
+    result: TransferResult
+
+    @cached_property
+    def found(self) -> Readings:
+        return readings(self.result.cells, self.result.worlds, self.result.design)
+
+    @cached_property
+    def world(self) -> WorldFacts | None:
+        name = shown_world(self.result)
+        return next((w for w in self.result.worlds if w.name == name), None)
+
+    @cached_property
+    def retention(self) -> str | None:
+        return retention_measure(self.found)
+
+    def axis(self, names: Iterable[str]) -> list[Branch]:
+        return branches(self.world, [*names]) if self.world else []
+
+
+def transfer_page(result: TransferResult) -> Page:
+    """All sections; pictures come from files beside the result, which `build` embeds."""
+    v = View(result)
+    figures: dict[str, Figure] = {}
+    sheets = _sheets(v)
+    body = (
+        h("header", _eyebrow(result), h("h1", answer(result)), _findings(result), class_="top"),
+        h(
+            "main", _matrices(v), _scatters(v, figures), _scores(result, figures), _claims(result, figures),
+            _pictures(v, sheets), _speed(v, figures), _bars(result), _rest(result),
+        ),
+        h("dialog", h("p", h("b", id="large-name"), h("button", "Close", type="button", id="large-close")),
+          h("img", alt="", id="large"), id="enlarged", aria_labelledby="large-name"),
+        footer(result.provenance),
+    )  # fmt: skip
+    names = tuple(c.samples for c in sheets.values() if c.samples)
+    return Page("Does the family tree predict transfer?", body, {"figures": figures}, ("transfer.js",), names)
+
+
+def _eyebrow(result: TransferResult) -> Safe:
+    s = result.statistics
+    facts = f"{count(s.worlds, 'world')}, {count(s.cells, 'cell')}, {count(len(result.predictions), 'prediction')}"
+    return h("p", h("span", "lineage transfer-test", class_="badge"), " ", h("b", facts), class_="eyebrow")
+
+
+def _findings(result: TransferResult) -> Safe:
+    return h("p", [f"{s} " for s in findings(result)], class_="lead", id="findings")
+
+
+Value = Callable[[str, str], float | None]
+
+
+def _matrices(v: View) -> Safe | None:
+    if v.world is None:
+        return None
+    measured = _mean(pair_means(v.found, v.world.name, "lift"))
+    if not measured:
+        return None
+    words = (
+        f"World {v.world.name}: down the model an adapter was trained on, across the one it is applied to, both in the "
+        "order of the family tree, a child indented below its parent. Full colour is a lift of 1, as good as the model's "
+        "own adapter; orange made it worse; framed squares are a model's own. Click a square for its numbers.",
+    )
+    foretold = {(p.base, p.model): p for p in v.result.predictions if p.world == v.world.name}
+    rows, columns = (v.axis(dict.fromkeys(pair[i] for pair in sorted(measured))) for i in (0, 1))
+    grids = [
+        _grid("Measured strength", rows, columns, measured, foretold, "lift", (0.0, 1.0)),
+        _grid("Predicted strength", rows, columns, {k: p.strength for k, p in foretold.items()}, foretold, "predicted"),
+    ]
+    kept = _mean(pair_means(v.found, v.world.name, v.retention)) if v.retention else {}
+    if kept:
+        grids += [
+            _grid("Measured retention", rows, columns, kept, foretold, "kept"),
+            _grid(
+                "Predicted retention",
+                rows,
+                columns,
+                {k: p.retention for k, p in foretold.items()},
+                foretold,
+                "predicted",
+            ),
+        ]
+    by_target = [_target(v, t, rows, columns, foretold) for t in v.world.targets]
+    note = h("p", "Click a square.", id="square", class_="note", aria_live="polite")
+    return section(
+        "Where an adapter works", words, h("div", grids, class_="two"), note, by_target, h("div", class_="ramp")
+    )
+
+
+def _mean(pairs: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
+    return {pair: fmean(values) for pair, values in pairs.items()}
+
+
+def _target(v: View, target: str, rows: list[Branch], columns: list[Branch], foretold: dict) -> Safe | None:
+    world = v.world
+    values = _mean(pair_means(v.found, world.name, "lift", target)) if world else {}
+    if world is None or not values:
+        return None
+    drawn = _grid("", rows, columns, values, foretold, "lift", (0.0, 1.0))
+    return h("details", h("summary", f"Measured strength, {world.targets[target]} {target} alone"), drawn)
+
+
+def _grid(
+    title: str, rows: list[Branch], columns: list[Branch], values: dict[tuple[str, str], float],
+    foretold: dict[tuple[str, str], PairPrediction], name: str, ends: tuple[float, float] | None = None,
+) -> Safe:  # fmt: skip
+    """One matrix; without `ends` the colours run from its own least to its own most."""
+    shown = [
+        values[x.member.name, y.member.name] for x in rows for y in columns if (x.member.name, y.member.name) in values
+    ]
+    low, high = ends or (min(shown, default=0.0), max(shown, default=1.0))
+
+    def entry(x: str, y: str) -> Entry:
+        value = values.get((x, y))
+        p = foretold.get((x, y))
+        said = "" if p is None else f" {p.words[:1].upper()}{p.words[1:]}. {p.reason}"
+        if x == y:
+            return Entry(None, "", f"{x}: its own adapter.")
+        if value is None:
+            return Entry(None, "", f"{x} on {y}: not measured, or dropped.{said}")
+        scaled = value if ends else (value - low) / ((high - low) or 1.0)
+        return Entry(scaled, f"{value:.2f}", f"{x} on {y}: {name} {value:.3f}.{said}")
+
+    drawing = h("div", kin_matrix(rows, columns, entry, title or "Strength, one target"), class_="wide", tabindex="0")
+    scale = f"pale {number(low)}, full {number(high)}"
+    return panel(h("h3", title) if title else None, drawing, h("p", scale, class_="note"))
+
+
+def _scatters(v: View, figures: dict[str, Figure]) -> Safe | None:
+    wanted = [("strength", "lift")] + ([("retention", v.retention)] if v.retention else [])
+    panels = []
+    for of, measure in wanted:
+        figure = scatter(v.result, v.found, of, measure)
+        if figure["data"]:
+            figures[of] = figure
+            panels.append(panel(h("h3", of.capitalize()), plot(of, f"Predicted and measured {of}")))
+    words = (
+        "Each dot is a base and a model, the mean over targets; bars span the 95 % interval of that mean in the world "
+        "shown. The prediction's scale is its own: only the order counts.",
+    )
+    return section("Predicted against measured", words, h("div", panels, class_="two")) if panels else None
+
+
+def _scores(result: TransferResult, figures: dict[str, Figure]) -> Safe | None:
+    panels = []
+    for figure, title, words in FIGURES:
+        scores = [s for s in result.statistics.scores if (s.of, s.figure) == ("strength", figure)]
+        if scores:
+            figures[f"score-{figure}"] = predictor_dots(scores)
+            panels.append(panel(h("h3", title), h("p", words, class_="note"), plot(f"score-{figure}", title)))
+    words = (
+        "Of strength, within one root, own adapters left out. Small dots are worlds, large ones their mean with its "
+        f"95 % interval. The band starts at what {result.statistics.ceiling_from} say of each other and ends at what a "
+        "perfect prediction would reach.",
+    )
+    return section("The prediction and simpler ones", words, h("div", panels, class_="three")) if panels else None
+
+
+def _claims(result: TransferResult, figures: dict[str, Figure]) -> Safe | None:
+    if not result.hypotheses:
+        return None
+    words = (
+        "Worlds are the units. A claim about strength needs three measures to agree: raw drop of the loss, gap to the "
+        "model's own adapter, and lift. p is adjusted for the whole table (Holm). Open a claim for its test and its "
+        "figures.",
+    )
+    drawn = None
+    if any(x.effect is not None for x in result.hypotheses):
+        figures["effects"] = effect_dots(result.hypotheses)
+        drawn = panel(
+            h("h3", "Effects"),
+            h("p", "Right of zero: as the article says.", class_="note"),
+            plot("effects", "Effects of the claims"),
+        )
+    lists = [_verdict(v, [x for x in result.hypotheses if x.verdict == v]) for v in VERDICTS]
+    return section("The article's claims", words, h("div", h("div", lists, class_="claims"), drawn, class_="explorer"))
+
+
+def _verdict(verdict: str, found: Sequence[Hypothesis]) -> Safe | None:
+    if not found:
+        return None
+    rows = [_claim(x) for x in found]
+    if verdict == NOT_TESTABLE:
+        return h("details", h("summary", f"Not testable in miniature ({len(found)})"), rows, class_="untested-claims")
+    return h("div", h("h3", f"{verdict.capitalize()} ({len(found)})"), rows)
+
+
+def _claim(x: Hypothesis) -> Safe:
+    facts = [("Article", x.article), ("Compared", x.test), ("Why", x.reason)]
+    facts += [("Adjusted p", number(x.adjusted_p))] if x.adjusted_p is not None else []
+    facts += [("Worlds", number(x.worlds))] if x.worlds else []
+    effects = [(e.measure, f"{e.effect:+.4f}", _span(e.low, e.high), number(e.p)) for e in x.effects]
+    tone = h("span", x.verdict.split(" in ")[0], class_=f"tone {TONES.get(x.verdict, 'open')}")
+    return h(
+        "details",
+        h("summary", tone, " ", x.claim),
+        h("dl", [(h("dt", k), h("dd", d)) for k, d in facts if d], class_="facts rows"),
+        listing(("Measure", "Effect", "95 % interval", "p"), effects),
+        class_="claim",
+    )  # fmt: skip
+
+
+def _span(low: float | None, high: float | None) -> str:
+    return UNKNOWN if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+
+
+Place = tuple[str, str | None, str]  # target, base, model
+
+
+def _sheets(v: View) -> dict[Place, Cell]:
+    """The picture of each place in the grids: default training, last checkpoint, first seed, the matrix's weight."""
+    d = v.result.design
+    best: dict[Place, tuple[tuple, Cell]] = {}
+    for c in v.result.cells:
+        plain = c.base is None or (c.network, c.setup) == (d.network, DEFAULT)
+        if v.world and c.world == v.world.name and c.samples and plain:
+            rank = (c.weight == d.weight, c.step, -c.seed)
+            place = (c.target, c.base, c.model)
+            if place not in best or rank > best[place][0]:
+                best[place] = rank, c
+    return {place: c for place, (_, c) in sorted(best.items(), key=lambda kv: str(kv[0]))}
+
+
+def _pictures(v: View, sheets: dict[Place, Cell]) -> Safe | None:
+    if v.world is None or not sheets:
+        return None
+    words = (
+        "Down: the model an adapter was trained on; across: the one it is applied to. The first row has no adapter. "
+        "Prompts and noise are the same in every square. Click a picture for a large one.",
+    )
+    grids = [
+        _picture_grid(v, target, sheets, i == 0) for i, target in enumerate(sorted({place[0] for place in sheets}))
+    ]
+    return section("Pictures", words, grids)
+
+
+def _picture_grid(v: View, target: str, sheets: dict[Place, Cell], first: bool) -> Safe:
+    places = [place for place in sheets if place[0] == target]
+    rows = v.axis({x for _, x, _ in places if x is not None})
+    columns = v.axis({y for _, _, y in places})
+    bases: list[str | None] = [None, *(b.member.name for b in rows)]
+    top = h(
+        "thead", h("tr", h("th", "trained on", scope="col"), [h("th", b.member.name, scope="col") for b in columns])
+    )
+    body = [
+        h("tr", h("th", "untouched" if x is None else x, scope="row"),
+          [h("td", _thumbnail(sheets.get((target, x, b.member.name)), x, b.member.name, target)) for b in columns])
+        for x in bases
+    ]  # fmt: skip
+    table = h("table", top, h("tbody", body), class_="grid")
+    box = h("div", table, class_="scroll pictures", tabindex="0", role="region", aria_label=f"Pictures of {target}")
+    kind = v.world.targets.get(target, "target") if v.world else "target"
+    return h("details", h("summary", f"{kind.capitalize()} {target}"), box, open=first)
+
+
+def _thumbnail(c: Cell | None, base: str | None, model: str, target: str) -> Safe | None:
+    if c is None or c.samples is None:
+        return None
+    name = (
+        f"{target}: {'no adapter' if base is None else f'trained on {base}'}, applied to {model}, weight {c.weight:g}"
+    )
+    return h(
+        "button", h("img", alt=name, data_picture=visible(c.samples), loading="lazy"), type="button", class_="thumb"
+    )
+
+
+def _speed(v: View, figures: dict[str, Figure]) -> Safe | None:
+    families = {name: i for i, name in enumerate(dict.fromkeys(m.family for m in (v.world.models if v.world else ())))}
+    figure = speed_curves(v.result, v.found, families)
+    if figure is None:
+        return None
+    figures["speed"] = figure
+    legend = h(
+        "p", [h("span", h("i", style=f"background:var(--f{i % 10})"), n) for n, i in families.items()], class_="legend"
+    )
+    words = (
+        "Each line is a model's own adapter: the share of its final gain at every checkpoint, mean over targets. "
+        "Colours are families.",
+    )
+    return section("How fast training goes", words, panel(plot("speed", "Share of the final gain by step"), legend))
+
+
+def _bars(result: TransferResult) -> Safe:
+    met = {True: "yes", False: "no", None: "not known"}
+    bars = [(b.name, number(b.value), b.wanted, met[b.met]) for b in result.statistics.bars]
+    controls = [
+        (c.name, f"{c.lift:.3f}", _span(c.low, c.high), f"{c.true_lift:.3f}", c.words)
+        for c in result.statistics.controls
+    ]
+    agreements = [(a.of, a.a, a.b, f"{a.value:.2f}", number(a.worlds)) for a in result.statistics.agreements]
+    return h(
+        "section",
+        h("h2", "Requirements, controls, judges"),
+        h("p", "What the prediction must reach, what must fail, and how far the judges agree.", class_="words"),
+        listing(("Requirement", "Found", "Wanted", "Met"), bars),
+        _fold("Controls", controls, ("Control", "Lift", "95 % interval", "True pairs", "Verdict")),
+        _fold("Agreement of judges and losses", agreements, ("Of", "One", "Other", "Spearman", "Worlds")),
+        _fold("All scores", _score_rows(result), SCORE_HEADS),
+    )  # fmt: skip
+
+
+def _score_rows(result: TransferResult) -> list[tuple[Any, ...]]:
+    partial = [result.statistics.partial] if result.statistics.partial else []
+    return [
+        (s.of, s.figure, s.predictor, f"{s.mean:.3f}", _span(s.low, s.high), f"{s.median:.3f}", number(s.p),
+         percent(s.share), percent(s.strict_share))
+        for s in (*result.statistics.scores, *partial)
+    ]  # fmt: skip
+
+
+def _fold(title: str, rows: Sequence[Sequence[Any]], heads: Sequence[str]) -> Safe:
+    shown = rows[:LISTED]
+    more = h("p", f"{len(rows) - LISTED} more are in result.json.", class_="note") if len(rows) > LISTED else None
+    return h("details", h("summary", f"{title} ({len(rows)})"), listing(heads, shown) or h("p", "None."), more)
+
+
+def _rest(result: TransferResult) -> Safe:
+    dropped = [(d.world, d.target, d.model, number(d.headroom), number(d.error), d.reason) for d in result.dropped]
+    runs = [(r,) for r in result.runs]
+    notes = h("ul", [h("li", n) for n in result.notes]) if result.notes else None
+    permutation = result.statistics.permutation.get("tau")
+    return h(
+        "section",
+        h("h2", "What lies behind"),
+        h("p", "Predictions were fixed before the first training; sha256 ", h("code", result.predictions_hash), ". ",
+          f"Models exchanged within their families are ranked as well with p = {number(permutation)}.", class_="words"),
+        notes,
+        _fold("Dropped", dropped, ("World", "Target", "Model", "Headroom", "Standard error", "Why")),
+        _fold("Ledger of runs", runs, ("Run",)),
+        _fold("Settings", [(k, str(x)) for k, x in result.config.items()], ("Name", "Value")),
+        class_="rest",
+    )  # fmt: skip
