@@ -96,7 +96,8 @@ class TrainingBase:
 @dataclass(frozen=True)
 class Forecast:
     """What the adapter will do on `model`. verdict: as of a Prediction, or OTHER_ARCHITECTURE, or BASE_UNKNOWN; the
-    numbers are null where nothing can be said. fits: share of the adapter's layers that the model has."""
+    numbers are null where nothing can be said. fits: share of the adapter's layers that the model has;
+    warnings: of the model, as sentences without their subject."""
 
     model: str
     verdict: str

@@ -161,7 +161,7 @@ def _forecast(
 ) -> Forecast:
     if why := _misfit(adapter, header):
         return Forecast(model, OTHER_ARCHITECTURE, f"refused: {why}", header.fits)
-    warnings = tuple(_warnings(model, adapter, header))
+    warnings = tuple(_warnings(adapter, header))
     if base.model is None:
         words = "its layers fit; whether it works depends on the base it was trained on"
         return Forecast(model, BASE_UNKNOWN, words, header.fits, warnings)
@@ -180,14 +180,14 @@ def _misfit(adapter: AdapterFacts, header: Header) -> str:
     return "" if header.fits >= FITS else f"{header.fits:.0%} of the {adapter.modules} layers it changes exist there"
 
 
-def _warnings(model: str, adapter: AdapterFacts, header: Header) -> Iterator[str]:
+def _warnings(adapter: AdapterFacts, header: Header) -> Iterator[str]:
     ours, theirs = adapter.prediction_type, header.prediction_type
     if ours and theirs and ours != theirs:
-        yield f"{model} predicts {_kind(theirs)}, the adapter was trained for {_kind(ours)}: pictures will break"
+        yield f"predicts {_kind(theirs)}, and the adapter was trained to predict {_kind(ours)}: pictures will break"
     elif ours == "v" and theirs is None:
-        yield f"the adapter was trained for v-prediction, and nothing says whether {model} is such a model"
+        yield "no word of v-prediction, for which the adapter was trained"
     if header.fits < 1:
-        yield f"{1 - header.fits:.0%} of the adapter's layers find no place in {model}"
+        yield f"lacks {1 - header.fits:.0%} of the layers that the adapter changes"
 
 
 def _kind(prediction_type: str) -> str:

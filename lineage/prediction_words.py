@@ -38,9 +38,9 @@ def _kin(base: str, model: str, relation: str, way: Way) -> str:
         return f"{base} and {model} share training, but their units are in another order"
     if way.line:
         return _descent(way)
-    return f"{base} and {model} " + (
-        f"both descend from {way.common}" if way.common else "are kin, in an order that is not known"
-    )
+    if way.common:
+        return f"{base} and {model} both descend from {way.common}"
+    return f"{base} and {model} are kin, in an order that is not known"
 
 
 def _descent(way: Way) -> str:

@@ -48,8 +48,8 @@ _HEADS = ("Model", "Verdict", "Why", "Strength", "Own style", "Distance", "Relat
 
 
 def _forecast(f: Forecast, m: ListedModel) -> Safe:
-    name = h("span", f.model, class_="who", style=f"--depth:{min(m.depth, DEEPEST)}")
-    return h("li", name, _chip(f.verdict), _bars(f.strength, f.retention), title=f.reason)
+    who = h("span", h("b", f.model), h("small", f.reason), class_="who", style=f"--depth:{min(m.depth, DEEPEST)}")
+    return h("li", who, _chip(f.verdict), _bars(f.strength, f.retention), title=f.reason)
 
 
 def _chip(verdict: str) -> Safe:
@@ -103,9 +103,9 @@ def _ranking(advice: Sequence[Advice], score: str) -> Safe:
 
 
 def _advised(a: Advice, score: float, place: int) -> Safe:
-    name = h("span", h("b", f"{place}. "), a.base, class_="who", style="--depth:0")
+    who = h("span", h("b", f"{place}. {a.base}"), h("small", a.words), class_="who", style="--depth:0")
     gauge = h("span", _bar("score", score, "signal"), class_="pair")
-    return h("li", name, h("span", a.words, class_="muted"), gauge, title="; ".join(p.reason for p in a.pairs))
+    return h("li", who, gauge, title="; ".join(p.reason for p in a.pairs))
 
 
 def _pair(p: Prediction) -> tuple[object, ...]:

@@ -75,7 +75,15 @@ def constants_words(result: PredictResult) -> str:
 
 
 def warnings(result: PredictResult) -> list[str]:
-    """What should be known before anything is believed."""
+    """What should be known before anything is believed; models of one fault share a sentence."""
     base = result.base
+    faults: dict[str, list[str]] = {}
+    for f in result.forecasts:
+        for fault in f.warnings:
+            faults.setdefault(fault, []).append(f.model)
     unsure = [f"Training base: {base.words}."] if base is not None and base.sure != "certain" else []
-    return unsure + [f"{w}." for f in result.forecasts for w in f.warnings]
+    return unsure + [f"{', '.join(_some(names))}: {fault}." for fault, names in faults.items()]
+
+
+def _some(names: list[str], most: int = 6) -> list[str]:
+    return names if len(names) <= most else [*names[:most], f"and {len(names) - most} more"]
