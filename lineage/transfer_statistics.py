@@ -244,7 +244,7 @@ def _controls(e: Evidence) -> Iterator[Control]:
             yield _control(name, lifts, trues)
 
 
-OTHER_ROOT, PERMUTED, NORM_MATCHED = "base of another root", "permuted copy as base", "random adapter of equal norm"
+OTHER_ROOT, PERMUTED, NORM_MATCHED = "a base of another root", "a permuted copy", "a random adapter of equal norm"
 
 
 def _role(e: Evidence, r) -> str | None:

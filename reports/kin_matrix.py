@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lineage.transfer_records import Member, WorldFacts
 from reports.page import Safe, h, shortened, visible
 
-INDENT, CELL, WIDE, LETTER, LONGEST = 11, 27, 40, 6.6, 20
-ROOM = 12  # models up to which a cell holds its number
+INDENT, LETTER, LONGEST = 11, 6.6, 20
+ROOM, SMALL, LARGE, NUMBERED = 590, 24, 40, 31  # width aimed at; sizes of a cell, and from which it holds its number
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def kin_matrix(
     rows: Sequence[Branch], columns: Sequence[Branch], entry: Callable[[str, str], Entry], label: str
 ) -> Safe:
     """SVG: bases down, models across; colours come from the page's style sheet, a click on a cell shows its words."""
-    size = WIDE if len(columns) <= ROOM else CELL
     left, top = _strip(rows), _strip(columns)
+    size = round(max(SMALL, min(LARGE, (ROOM - left) / max(1, len(columns)))))
     cells = [
         _cell(
             entry(x.member.name, y.member.name), left + j * size, top + i * size, size, x.member.name == y.member.name
@@ -111,7 +111,7 @@ def _cell(e: Entry, x: float, y: float, size: int, own: bool) -> Safe:
         "rect", x=f"{x + 1:g}", y=f"{y + 1:g}", width=inner, height=inner, rx=3, fill_opacity=_opacity(kind, strength)
     )
     number = None
-    if size == WIDE and e.text:
+    if size >= NUMBERED and e.text:
         kind += " full" if strength > 0.55 and not own else ""
         number = h("text", e.text, x=f"{x + size / 2:g}", y=f"{y + size / 2 + 4:g}", text_anchor="middle")
     return h("g", h("title", e.words), box, number, class_=f"cell {kind}")

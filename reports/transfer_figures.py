@@ -47,22 +47,32 @@ def scatter(result: TransferResult, found: Readings, of: str, measure: str) -> F
         for (x, y), values in sorted(pair_means(found, world.name, measure).items()):
             p = foretold.get((world.name, x, y))
             if p is not None:
-                kin = _kin(members[world.name, x], members[world.name, y])
+                kin = same_root(members[world.name, x], members[world.name, y])
                 groups[("shown" if world.name == shown else "other") if kin else "root"].append((p, values))
     style = {
         "other": ("other worlds", "@null", 5, 0.35),
         "shown": (shown, "@signal", 8, 0.9),
-        "root": ("another root, or a control", "@raw", 6, 0.6),
+        "root": ("other root or control", "@raw", 6, 0.6),
     }
     traces = [_dots(rows, of, *style[key], key == "shown") for key, rows in groups.items() if rows]
+    kin = [getattr(p, of) for key in ("other", "shown") for p, _ in groups[key]]
     axes = {
-        "xaxis": {"title": {"text": f"predicted {of}"}},
+        "xaxis": {"title": {"text": f"predicted {of}"}, "range": _range([x for t in traces for x in t["x"]], kin)},
         "yaxis": {"title": {"text": "measured lift" if of == "strength" else "measured retention"}},
     }
     return {"data": traces, "layout": {**axes, "height": 420, "hovermode": "closest"}}
 
 
-def _kin(x: Member, y: Member) -> bool:
+def _range(values: Sequence[float], kin: Sequence[float]) -> list[float] | None:
+    """All of the kin, and what lies no farther from them than they are wide."""
+    low, high = min(kin, default=0.0), max(kin, default=1.0)
+    near = [v for v in values if low - (high - low) <= v <= high + (high - low)]
+    room = 0.05 * (max(near) - min(near)) if near else 0.0
+    return [min(near) - room, max(near) + room] if room else None
+
+
+def same_root(x: Member, y: Member) -> bool:
+    """Whether a pair counts: of one root, no control."""
     return x.root == y.root and "control" not in (x.use, y.use)
 
 
@@ -78,7 +88,7 @@ def _dots(
     dots = {
         "type": "scatter",
         "mode": "markers",
-        "name": plot_text(name, 24),
+        "name": plot_text(name, 32),
         "x": [getattr(p, of) for p, _ in rows],
         "y": [fmean(values) for _, values in rows],
         "customdata": [[plot_text(p.base, 30), plot_text(p.model, 30), plot_text(p.world, 24)] for p, _ in rows],
@@ -191,7 +201,7 @@ def speed_curves(result: TransferResult, found: Readings, families: Mapping[str,
         {
             "type": "scatter",
             "mode": "lines+markers",
-            "name": plot_text(name, 24),
+            "name": plot_text(name, 32),
             "x": [0, *sorted(steps)],
             "y": [0, *(fmean(steps[s]) for s in sorted(steps))],
             "line": {"color": f"@f{families.get(members[name].family, 0) % COLOURS}", "width": 1.8},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -26,7 +26,15 @@ from lineage.transfer_statistics import retention_measure
 from reports.figures import Figure
 from reports.kin_matrix import Branch, Entry, branches, kin_matrix
 from reports.page import Page, Safe, footer, h, listing, panel, plot, section, visible
-from reports.transfer_figures import effect_dots, pair_means, predictor_dots, scatter, shown_world, speed_curves
+from reports.transfer_figures import (
+    effect_dots,
+    pair_means,
+    predictor_dots,
+    same_root,
+    scatter,
+    shown_world,
+    speed_curves,
+)
 from reports.transfer_words import answer, findings
 from reports.wording import UNKNOWN, count, number, percent
 
@@ -65,6 +73,15 @@ class View:
     def retention(self) -> str | None:
         return retention_measure(self.found)
 
+    def ends(self, values: Mapping[Pair, float]) -> Ends:
+        """Least and most among pairs of one root."""
+        members = {m.name: m for m in self.world.models} if self.world else {}
+        kin = [
+            value for (x, y), value in values.items()
+            if x in members and y in members and same_root(members[x], members[y])
+        ]  # fmt: skip
+        return min(kin, default=0.0), max(kin, default=1.0)
+
     def axis(self, names: Iterable[str]) -> list[Branch]:
         return branches(self.world, [*names]) if self.world else []
 
@@ -95,86 +112,79 @@ def _eyebrow(result: TransferResult) -> Safe:
 
 
 def _findings(result: TransferResult) -> Safe:
-    return h("p", [f"{s} " for s in findings(result)], class_="lead", id="findings")
+    return h("div", [h("p", said, class_="lead") for said in findings(result)], id="findings")
 
 
-Value = Callable[[str, str], float | None]
+Pair = tuple[str, str]  # base, model
+Ends = tuple[float, float]
 
 
 def _matrices(v: View) -> Safe | None:
     if v.world is None:
         return None
-    measured = _mean(pair_means(v.found, v.world.name, "lift"))
-    if not measured:
+    lift = _mean(pair_means(v.found, v.world.name, "lift"))
+    kept = _mean(pair_means(v.found, v.world.name, v.retention)) if v.retention else {}
+    if not lift:
         return None
     words = (
         f"World {v.world.name}: down the model an adapter was trained on, across the one it is applied to, both in the "
-        "order of the family tree, a child indented below its parent. Full colour is a lift of 1, as good as the model's "
-        "own adapter; orange made it worse; framed squares are a model's own. Click a square for its numbers.",
+        "order of the family tree, a child indented below its parent. Measured strength is a lift: 1 is as good as the "
+        "model's own adapter, orange made it worse; framed squares are a model's own. The other colours run from the "
+        "least to the most among models of one root. Click a square for its numbers.",
     )
     foretold = {(p.base, p.model): p for p in v.result.predictions if p.world == v.world.name}
-    rows, columns = (v.axis(dict.fromkeys(pair[i] for pair in sorted(measured))) for i in (0, 1))
-    grids = [
-        _grid("Measured strength", rows, columns, measured, foretold, "lift", (0.0, 1.0)),
-        _grid("Predicted strength", rows, columns, {k: p.strength for k, p in foretold.items()}, foretold, "predicted"),
+    rows, columns = (v.axis(dict.fromkeys(pair[i] for pair in sorted(lift))) for i in (0, 1))
+    comes, stays = ({k: getattr(p, of) for k, p in foretold.items()} for of in ("strength", "retention"))
+    tables: list[tuple[str, dict[Pair, float], str, Ends]] = [
+        ("Measured strength", lift, "lift", (0.0, 1.0)),
+        ("Predicted strength", comes, "predicted", v.ends(comes)),
     ]
-    kept = _mean(pair_means(v.found, v.world.name, v.retention)) if v.retention else {}
     if kept:
-        grids += [
-            _grid("Measured retention", rows, columns, kept, foretold, "kept"),
-            _grid(
-                "Predicted retention",
-                rows,
-                columns,
-                {k: p.retention for k, p in foretold.items()},
-                foretold,
-                "predicted",
-            ),
+        tables += [
+            ("Measured retention", kept, "kept", v.ends(kept)),
+            ("Predicted retention", stays, "predicted", v.ends(stays)),
         ]
+    grids = [_grid(title, rows, columns, values, foretold, name, ends) for title, values, name, ends in tables]
     by_target = [_target(v, t, rows, columns, foretold) for t in v.world.targets]
-    note = h("p", "Click a square.", id="square", class_="note", aria_live="polite")
-    return section(
-        "Where an adapter works", words, h("div", grids, class_="two"), note, by_target, h("div", class_="ramp")
-    )
+    said = h("p", "Click a square.", id="square", class_="note", aria_live="polite")
+    return section("Where an adapter works", words, h("div", grids, class_="two"), by_target, said)
 
 
 def _mean(pairs: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
     return {pair: fmean(values) for pair, values in pairs.items()}
 
 
-def _target(v: View, target: str, rows: list[Branch], columns: list[Branch], foretold: dict) -> Safe | None:
+def _target(
+    v: View, target: str, rows: list[Branch], columns: list[Branch], foretold: dict[Pair, PairPrediction]
+) -> Safe | None:
     world = v.world
     values = _mean(pair_means(v.found, world.name, "lift", target)) if world else {}
     if world is None or not values:
         return None
-    drawn = _grid("", rows, columns, values, foretold, "lift", (0.0, 1.0))
+    drawn = _grid(f"{world.targets[target].capitalize()} {target}", rows, columns, values, foretold, "lift", (0.0, 1.0))
     return h("details", h("summary", f"Measured strength, {world.targets[target]} {target} alone"), drawn)
 
 
 def _grid(
-    title: str, rows: list[Branch], columns: list[Branch], values: dict[tuple[str, str], float],
-    foretold: dict[tuple[str, str], PairPrediction], name: str, ends: tuple[float, float] | None = None,
+    title: str, rows: list[Branch], columns: list[Branch], values: dict[Pair, float],
+    foretold: dict[Pair, PairPrediction], name: str, ends: Ends,
 ) -> Safe:  # fmt: skip
-    """One matrix; without `ends` the colours run from its own least to its own most."""
-    shown = [
-        values[x.member.name, y.member.name] for x in rows for y in columns if (x.member.name, y.member.name) in values
-    ]
-    low, high = ends or (min(shown, default=0.0), max(shown, default=1.0))
+    """One matrix; its colours run between `ends`."""
+    low, high = ends
 
     def entry(x: str, y: str) -> Entry:
-        value = values.get((x, y))
-        p = foretold.get((x, y))
+        value, p = values.get((x, y)), foretold.get((x, y))
         said = "" if p is None else f" {p.words[:1].upper()}{p.words[1:]}. {p.reason}"
         if x == y:
             return Entry(None, "", f"{x}: its own adapter.")
         if value is None:
             return Entry(None, "", f"{x} on {y}: not measured, or dropped.{said}")
-        scaled = value if ends else (value - low) / ((high - low) or 1.0)
-        return Entry(scaled, f"{value:.2f}", f"{x} on {y}: {name} {value:.3f}.{said}")
+        scaled = (value - low) / ((high - low) or 1.0)
+        words = f"{x} on {y}: {name} {value:.3f}.{said}"
+        return Entry(scaled if low == 0 else max(0.0, scaled), f"{value:.2f}", words)
 
-    drawing = h("div", kin_matrix(rows, columns, entry, title or "Strength, one target"), class_="wide", tabindex="0")
-    scale = f"pale {number(low)}, full {number(high)}"
-    return panel(h("h3", title) if title else None, drawing, h("p", scale, class_="note"))
+    drawing = h("div", kin_matrix(rows, columns, entry, title), class_="wide", tabindex="0")
+    return panel(h("h3", title), drawing, h("p", f"Pale {number(low)}, full {number(high)}.", class_="note"))
 
 
 def _scatters(v: View, figures: dict[str, Figure]) -> Safe | None:
@@ -310,9 +320,7 @@ def _thumbnail(c: Cell | None, base: str | None, model: str, target: str) -> Saf
     name = (
         f"{target}: {'no adapter' if base is None else f'trained on {base}'}, applied to {model}, weight {c.weight:g}"
     )
-    return h(
-        "button", h("img", alt=name, data_picture=visible(c.samples), loading="lazy"), type="button", class_="thumb"
-    )
+    return h("button", h("img", alt=name, data_picture=visible(c.samples)), type="button", class_="thumb")
 
 
 def _speed(v: View, figures: dict[str, Figure]) -> Safe | None:
@@ -347,6 +355,7 @@ def _bars(result: TransferResult) -> Safe:
         _fold("Controls", controls, ("Control", "Lift", "95 % interval", "True pairs", "Verdict")),
         _fold("Agreement of judges and losses", agreements, ("Of", "One", "Other", "Spearman", "Worlds")),
         _fold("All scores", _score_rows(result), SCORE_HEADS),
+        class_="loose",
     )  # fmt: skip
 
 
@@ -379,5 +388,5 @@ def _rest(result: TransferResult) -> Safe:
         _fold("Dropped", dropped, ("World", "Target", "Model", "Headroom", "Standard error", "Why")),
         _fold("Ledger of runs", runs, ("Run",)),
         _fold("Settings", [(k, str(x)) for k, x in result.config.items()], ("Name", "Value")),
-        class_="rest",
+        class_="rest loose",
     )  # fmt: skip

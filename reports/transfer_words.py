@@ -48,9 +48,11 @@ def _with_interval(s: Score, digits: int = 2) -> str:
 
 
 def findings(result: TransferResult) -> list[str]:
-    """The paragraph of plain findings, a sentence each."""
+    """Two paragraphs of plain findings: the prediction, then the article's claims."""
     said = [_share(result), _rivals(result), _regret(result), _retention(result), _controls(result), _shuffles(result)]
-    return [s for s in (*said, *claims_words(result.hypotheses), *_note(result)) if s]
+    return [
+        p for p in (" ".join(filter(None, said)), " ".join([*claims_words(result.hypotheses), *_note(result)])) if p
+    ]
 
 
 def _note(result: TransferResult) -> list[str]:
@@ -111,8 +113,8 @@ def _controls(result: TransferResult) -> str | None:
         True: [c.name for c in result.statistics.controls if c.fails],
         False: [c.name for c in result.statistics.controls if c.fails is False],
     }
-    said = [f"as it should, nothing comes of {_listed(groups[True])}"] if groups[True] else []
-    said += [f"against expectation, something comes of {_listed(groups[False])}"] if groups[False] else []
+    said = [f"as it should, little comes of {_listed(groups[True], ',')}"] if groups[True] else []
+    said += [f"against expectation, something comes of {_listed(groups[False], ',')}"] if groups[False] else []
     return _sentence("; ".join(said)) if said else None
 
 
@@ -144,9 +146,9 @@ def claims_words(found: Sequence[Hypothesis]) -> list[str]:
     return said
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str], between: str = ";") -> str:
     shown = list(names[:FEW]) + ([f"{len(names) - FEW} more"] if len(names) > FEW else [])
-    return shown[0] if len(shown) == 1 else f"{'; '.join(shown[:-1])}; and {shown[-1]}"
+    return shown[0] if len(shown) == 1 else f"{f'{between} '.join(shown[:-1])}{between} and {shown[-1]}"
 
 
 def _lower(text: str) -> str:
