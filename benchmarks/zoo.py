@@ -168,7 +168,6 @@ def document(options: argparse.Namespace) -> str:
     say("lineage")
     rivals = [theirs(m, folder, truth) for m in BASELINES if not say(m)]
     without = {"nothing": answer} | {s: ask(ignore=(s,)) for s in SOURCES if not say(f"without {s}")}
-    without["biases and decay"] = ask(ignore=("biases", "decay"))
     others = {
         "sketches only": ask(sketch=True),
         "other names and order": renamed(folder, options.zoo / "renamed", truth),

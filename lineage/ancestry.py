@@ -6,6 +6,7 @@ Models are indices in an order fixed by their content, so neither names nor file
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,14 @@ from lineage import copies, direction, joins, unmerge
 from lineage.checkpoint import Checkpoint
 from lineage.cluster_result import Evidence
 from lineage.delta import svd
-from lineage.graph import adopt, ancestors, attach, between, rooted, spanning_tree
+from lineage.graph import FAR, ancestors, cost, descent
 from lineage.kin import Ancestry, Kin, Link
 from lineage.thresholds import CHOSEN, Thresholds
 from lineage.whitening import whitened_table
 
 Array = NDArray[np.float64]
 
-SOURCES = ("whitening", "merges", "biases", "turns", "centrality")
+SOURCES = ("whitening", "merges", "turns", "centrality")
 
 
 def grow(
@@ -128,54 +129,98 @@ def _margin(first: float, second: float) -> float:
 def _finetunes(
     kin: Kin, core: list[int], found: Ancestry, base: int | None, ignore: Collection[str], chosen: Thresholds
 ) -> None:
-    """The tree of the models that are neither copies nor merges, its root, and what hangs from merges."""
+    """The tree of the models that are no copies, its root, and what hangs from merges."""
     if not core:
         return
     merges = {m.reading.child: m.reading.parents for m in found.merges}
-    white = _increments(kin, sorted([*core, *merges]), ignore, chosen)
-    pending = joins.partly(kin, core, white, chosen) if "merges" not in ignore else []
-    core = [m for m in core if m not in {p.reading.child for p in pending}]
-    w = white.sum(0)
-    late = between(w, core, merges, chosen.between)
-    core = [m for m in core if m not in late]
-    edges = spanning_tree(unmerge.distances(w), core)
-    chances = _votes(kin, core, edges, w, ignore, chosen).probabilities(core)
-    root = base if base in core else max(core, key=lambda m: (chances[m], -m))
-    parent = rooted(edges, root)
-    parent = adopt(parent, merges, w, chosen.share_low, chosen.share_high)
-    parent = attach(parent, late, [*core, *merges], unmerge.distances(w))
-    found.root, found.root_confidence = root, 1.0 if base == root else chances[root]
-    _draw(kin, parent, w, found, {} if base == root else chances, chosen)
-    above: dict[int, Sequence[int]] = {**{child: [p] for child, p in parent.items()}, **merges}
+    members = sorted([*core, *merges])
+    table, sizes = _increments(kin, members, ignore, chosen)
+    pending = joins.partly(kin, core, table, chosen) if "merges" not in ignore else []
+    merges |= {p.reading.child: p.reading.parents for p in pending}
+    grove = _Grove(kin, members, merges, table, cost(table[:, members][:, :, members], sizes))
+    core = [m for m in core if m not in merges]
+    roots = [base] if base in core else _central(kin, core, chosen.roots)
+    trees = {root: grove.tree(root) for root in roots}
+    chances = _votes(grove, trees, ignore, chosen).probabilities(roots)
+    found.root = max(roots, key=lambda m: (chances[m], -m))
+    found.root_confidence = chances[found.root]
+    found.parent = trees[found.root]
+    found.links += [_link(grove, child, trees, chances, found.root, chosen) for child in sorted(found.parent)]
+    above: dict[int, Sequence[int]] = {**{child: [p] for child, p in found.parent.items()}, **merges}
     lines = {m: ancestors(above, m) for m in range(len(kin))}
     for merged in pending:
         joins.record(found, joins.settle(kin, merged, lines))
 
 
-def _draw(
-    kin: Kin, parent: Mapping[int, int], w: Array, found: Ancestry, chances: Mapping[int, float], chosen: Thresholds
-) -> None:
-    """Links of the fine-tune tree. chances: of each model, that it is the root."""
-    d = unmerge.distances(w)
-    sides = direction.below(parent, dict.fromkeys([*parent, *parent.values()], 0.0) | dict(chances))
-    for child, above in sorted(parent.items()):
-        rivals = [d[child, o] for o in parent if o not in (child, above) and parent.get(o) != child]
-        sure = _margin(d[child, above], min(rivals)) if rivals else 0.6
-        found.links.append(_finetune(kin, above, child, sure, 1 - sides[child], float(d[child, above]), chosen))
+@dataclass(frozen=True)
+class _Grove:
+    """The models of a tree that are no copies, merges -> parents among them, inner products of their increments
+    (parts, n, n), and the cost (members, members) of each as another's parent."""
+
+    kin: Kin
+    members: list[int]
+    merges: Mapping[int, Sequence[int]]
+    table: Array
+    cost: Array
+
+    def tree(self, root: int) -> dict[int, int]:
+        """child -> parent of the likeliest tree from a root."""
+        at = {m: i for i, m in enumerate(self.members)}
+        hung = {at[m]: [at[p] for p in parents if p in at] for m, parents in self.merges.items() if m in at}
+        grown = descent(self.cost, at[root], hung)
+        return {self.members[c]: self.members[p] for c, p in grown.items()}
+
+    def length(self, tree: Mapping[int, int]) -> float:
+        """Cost of all a tree's links."""
+        at = {m: i for i, m in enumerate(self.members)}
+        return float(sum(self.cost[at[p], at[c]] for c, p in tree.items()))
+
+    def gap(self, parent: int, child: int, tree: Mapping[int, int]) -> float:
+        """How much dearer the next best link would be between the two sides that the edge joins."""
+        above = {c: [p] for c, p in tree.items()} | {m: list(ps)[:1] for m, ps in self.merges.items()}
+        inside = np.array([child in ancestors(above, m) for m in self.members])
+        i, j = self.members.index(parent), self.members.index(child)
+        free = np.array([m not in self.merges for m in self.members])
+        across = np.outer(~inside, inside) & (free[:, None] | free)
+        across[i, j] = False
+        return float(self.cost[across].min(initial=FAR) - self.cost[i, j])
 
 
-def _finetune(
-    kin: Kin, parent: int, child: int, sure: float, forward: float, distance: float, chosen: Thresholds
+def _central(kin: Kin, core: list[int], count: int) -> list[int]:
+    """The members nearest to all others: those that can be roots of large trees."""
+    near = direction.centrality(unmerge.distances(kin.g), core)
+    return sorted(sorted(core, key=lambda m: (-near[m], m))[:count])
+
+
+def _link(
+    grove: _Grove,
+    child: int,
+    trees: Mapping[int, Mapping[int, int]],
+    chances: Mapping[int, float],
+    root: int,
+    chosen: Thresholds,
 ) -> Link:
     """A link of the fine-tune tree: an adapter's where only matrices changed, in few ranks."""
-    words = [Evidence("distance", "nearest by squared distance, which adds along paths", distance)]
+    parent = trees[root][child]
+    joined, forward = direction.forward(parent, child, trees, chances)
+    gap = grove.gap(parent, child, trees[root])
+    words = [Evidence("distance", "likeliest increment of all that could join the two sides of the tree; the next best "
+                      "is so much dearer per entry", gap)]  # fmt: skip
     words.append(Evidence("root", "probability that the parent is nearer the root of the tree", round(forward, 4)))
     directed = forward > chosen.directed
-    rank = _baked_rank(kin, parent, child, chosen)
+    rank = _baked_rank(grove.kin, parent, child, chosen)
     if rank is not None:
         words.append(Evidence("rank", "only matrices differ, and in few ranks: an adapter baked in", rank))
     relation = "finetune" if rank is None else "adapter"
+    sure = trust(gap, joined, chosen)
     return Link(parent, child, relation, sure * (forward if directed else 1), tuple(words), directed, rank=rank)
+
+
+def trust(gap: float, joined: float, chosen: Thresholds = CHOSEN) -> float:
+    """Calibrated probability that two models are parent and child. gap: as of `_Grove.gap`; joined: probability over
+    roots that the tree joins them."""
+    at = chosen.trust[0] + chosen.trust[1] * np.log(max(gap, 1e-4)) + chosen.trust[2] * joined
+    return float(1 / (1 + np.exp(-at)))
 
 
 def _baked_rank(kin: Kin, parent: int, child: int, chosen: Thresholds) -> int | None:
@@ -192,34 +237,37 @@ def _baked_rank(kin: Kin, parent: int, child: int, chosen: Thresholds) -> int | 
     return int(np.median([r for r, _ in shares]))
 
 
-def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: Thresholds) -> Array:
-    """Inner products (tensors or blocks, n, n), of `members`, in which squared distances add best: whitened where there
-    are members enough and their files can be read, else plain."""
+def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: Thresholds) -> tuple[Array, Array]:
+    """Inner products (parts, n, n) of `members`, in which squared distances add best, and the parts' entries: whitened,
+    tensor by tensor, where there are members enough and their files can be read, else plain, block by block."""
+    sizes = {t.name: t.entries for t in kin.prints[0].tensors}
     models = [m for m in (kin.models[i] for i in members) if m is not None]
     if "whitening" in ignore or len(models) < max(chosen.whiten_members, len(members)):
-        return kin.table
-    _, table = whitened_table(models, {name: name for name in (*kin.matrices, *kin.vectors)}, floor=chosen.whiten_floor)
+        blocks = [sum(sizes[n] for n, b in kin.matrices.items() if b == block) for block in kin.blocks]
+        return kin.table, np.maximum(blocks, 1.0)
+    names, table = whitened_table(
+        models, {name: name for name in (*kin.matrices, *kin.vectors)}, floor=chosen.whiten_floor
+    )
     white = np.zeros((len(table), len(kin), len(kin)))
     white[np.ix_(range(len(table)), members, members)] = table
-    return white
+    return white, np.array([sizes[n] for n in names], float)
 
 
 def _votes(
-    kin: Kin, core: list[int], edges: list[tuple[int, int]], w: Array, ignore: Collection[str], chosen: Thresholds
+    grove: _Grove, trees: Mapping[int, Mapping[int, int]], ignore: Collection[str], chosen: Thresholds
 ) -> direction.Votes:
-    """Log-odds of each model to be the root, from every source that is not to be ignored."""
-    votes = direction.Votes()
+    """What speaks for each model as the root, from every source that is not to be ignored."""
+    kin, roots = grove.kin, sorted(trees)
+    votes = direction.Votes(chosen.root)
     if "centrality" not in ignore:
-        near = direction.centrality(unmerge.distances(w), core)
-        votes.add("centrality", {m: chosen.central * s for m, s in near.items()})
-        votes.add("degree", {m: chosen.degree * s for m, s in direction.degrees(edges, core).items()})
+        votes.add("centrality", direction.centrality(unmerge.distances(kin.g), roots))
+        votes.add("degree", {r: float(sum(p == r for p in tree.values())) for r, tree in trees.items()})
     if "turns" not in ignore:
-        votes.add("turns", {m: chosen.agreement * s for m, s in direction.agreement(edges, w, core).items()})
+        for source, g in (("turns", grove.table.sum(0)), ("drift", kin.g)):
+            votes.add(source, {r: direction.agreement(tree, g) for r, tree in trees.items()})
+        votes.add("tangle", {r: direction.tangle(tree, grove.table.sum(0)) for r, tree in trees.items()})
     if kin.known:
-        votes.add("known", direction.precedence(edges, kin.known, core))
-    models = [m for m in (kin.models[i] for i in core) if m is not None]
-    if "biases" not in ignore and len(models) == len(core):
-        ages = direction.ages(models, kin.vectors)
-        if ages is not None:
-            votes.add("biases", {m: -chosen.age * float(a) for m, a in zip(core, ages, strict=True)})
+        lines = {r: {c: [p] for c, p in tree.items()} | dict(grove.merges) for r, tree in trees.items()}
+        votes.add("known", {r: direction.precedence(above, kin.known) for r, above in lines.items()})
+    votes.add("length", {r: grove.length(tree) for r, tree in trees.items()})
     return votes

@@ -6,46 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lineage.graph import ancestors, rooted
+from lineage.graph import ancestors
 
 Array = NDArray[np.float64]
 
 
 @dataclass
 class Votes:
-    """Log-odds that each model (index) is the root, by source; `weights` of the sources are chosen on other roots."""
+    """What speaks for each candidate (index) to be the root, by source, and what a unit of it weighs in log-odds."""
 
+    weight: Mapping[str, float]
     by_source: dict[str, dict[int, float]] = field(default_factory=dict)
 
     def add(self, source: str, scores: Mapping[int, float]) -> None:
         self.by_source[source] = dict(scores)
 
     def total(self, members: Sequence[int]) -> dict[int, float]:
-        return {m: sum(s.get(m, 0.0) for s in self.by_source.values()) for m in members}
+        weighed = [(self.weight[source], scores) for source, scores in self.by_source.items()]
+        return {m: sum(w * scores.get(m, 0.0) for w, scores in weighed) for m in members}
 
     def probabilities(self, members: Sequence[int]) -> dict[int, float]:
-        """Softmax of the totals: how sure each member is the root."""
+        """Softmax of the totals: how sure each member is the root (conditional logit, McFadden 1974)."""
         total = self.total(members)
         top = max(total.values())
         raised = {m: float(np.exp(total[m] - top)) for m in members}
         return {m: r / sum(raised.values()) for m, r in raised.items()}
-
-
-def ages(models: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> Array | None:
-    """(n,) how far each model's one-dimensional parameters are from their usual start, 0 for biases and 1 for the
-    scales of norms: the mean over parameters of squared distance over the largest one. None where none started so."""
-    shares = []
-    for name in names:
-        stack = torch.stack([m[name].double().flatten() for m in models])
-        stack = stack - 1 if float(stack.mean()) > 0.5 else stack
-        far = stack.square().sum(1)
-        if far.max() > 0 and far.min() < 0.8 * far.max():
-            shares.append((far / far.max()).numpy())
-    return np.mean(shares, 0) if shares else None
 
 
 def centrality(d: Array, members: Sequence[int]) -> dict[int, float]:
@@ -54,48 +41,40 @@ def centrality(d: Array, members: Sequence[int]) -> dict[int, float]:
     return {m: -float(np.log(max(r, 1e-300))) for m, r in zip(members, rows, strict=True)}
 
 
-def degrees(edges: Sequence[tuple[int, int]], members: Sequence[int]) -> dict[int, float]:
-    """How many neighbours each member has in the tree."""
-    return {m: float(sum(m in edge for edge in edges)) for m in members}
-
-
-def agreement(edges: Sequence[tuple[int, int]], g: Array, members: Sequence[int]) -> dict[int, float]:
-    """For each member as root, the mean cosine of all pairs of increments, each taken away from the root: training
-    moves weights in partly the same directions, whatever it starts from. g: (n, n) inner products."""
-    if len(edges) < 2:
-        return dict.fromkeys(members, 0.0)
-    rows = np.zeros((len(edges), len(g)))
-    for i, (a, b) in enumerate(edges):
-        rows[i, a], rows[i, b] = -1, 1
-    inner = rows @ g @ rows.T
+def cosines(parent: Mapping[int, int], g: Array) -> Array:
+    """Cosines of all pairs of increments of a tree (child -> parent). g: (n, n) inner products."""
+    children = sorted(parent)
+    parents = [parent[c] for c in children]
+    inner = g[np.ix_(children, children)] - g[np.ix_(children, parents)] - g[np.ix_(parents, children)]
+    inner = inner + g[np.ix_(parents, parents)]
     norm = np.sqrt(np.maximum(np.diag(inner), 1e-300))
-    cosine = inner / norm[:, None] / norm[None]
-    scores = {}
-    for root in members:
-        parent = rooted(edges, root)
-        sign = np.array([1.0 if parent.get(b) == a else -1.0 for a, b in edges])
-        scores[root] = float((sign @ cosine @ sign - len(edges)) / (len(edges) * (len(edges) - 1)))
-    return scores
+    return (inner / norm[:, None] / norm)[np.triu_indices(len(children), 1)]
 
 
-def precedence(
-    edges: Sequence[tuple[int, int]], known: Sequence[tuple[int, int, float]], members: Sequence[int]
-) -> dict[int, float]:
-    """For each member as root, the log-odds of known pairs (earlier, later, log-odds): added where the earlier lies on
-    the later's way to the root, taken off where it is the other way round."""
-    scores = {}
-    for root in members:
-        above = {child: [parent] for child, parent in rooted(edges, root).items()}
-        line = {m: ancestors(above, m) for m in members}
-        scores[root] = sum(
-            w * ((a in line[b]) - (b in line[a])) for a, b, w in known if a in line and b in line and a != b
-        )
-    return scores
+def agreement(parent: Mapping[int, int], g: Array) -> float:
+    """Mean cosine of a tree's increments: training moves weights in partly the same directions, whatever it starts
+    from, so they agree most when they lead away from the true root."""
+    return float(cosines(parent, g).mean()) if len(parent) > 1 else 0.0
 
 
-def below(parent: Mapping[int, int], chances: Mapping[int, float]) -> dict[int, float]:
-    """Probability that the true root lies at or below each child, so that its edge points the other way."""
-    held = dict(chances)
-    for child in reversed(parent):
-        held[parent[child]] += held[child]
-    return {child: held[child] for child in parent}
+def tangle(parent: Mapping[int, int], g: Array) -> float:
+    """Mean squared cosine of a tree's increments: those of the true tree are the most independent."""
+    return float((cosines(parent, g) ** 2).mean()) if len(parent) > 1 else 0.0
+
+
+def precedence(above: Mapping[int, Sequence[int]], known: Sequence[tuple[int, int, float]]) -> float:
+    """Log-odds of known pairs (earlier, later, log-odds): added where the later descends from the earlier, taken off
+    where it is the other way round. above: child -> its parents."""
+    line = {m: ancestors(above, m) for a, b, _ in known for m in (a, b)}
+    return float(sum(w * ((a in line[b]) - (b in line[a])) for a, b, w in known if a != b))
+
+
+def forward(
+    parent: int, child: int, trees: Mapping[int, Mapping[int, int]], chances: Mapping[int, float]
+) -> tuple[float, float]:
+    """(probability that the two are joined, probability that the parent came first if they are), over trees that each
+    start from another root. chances: root -> its probability."""
+    one = sum(p for root, p in chances.items() if trees[root].get(child) == parent)
+    other = sum(p for root, p in chances.items() if trees[root].get(parent) == child)
+    joined = one + other
+    return joined, one / joined if joined > 0 else 0.5

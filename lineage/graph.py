@@ -1,4 +1,4 @@
-"""Fine-tune trees from squared distances that add along paths: who hangs from whom, and where a file is missing."""
+"""Trees of descent: the likeliest one, given how far models are apart part by part and which of them are merges."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Node = TypeVar("Node", int, str)
+FAR = 1e6  # cost of what cannot be
+EQUAL = 1e-9  # of the mean squared distance of a part: models nearer than that are equal there
 
 
 def spanning_tree(d: Array, members: Sequence[int]) -> list[tuple[int, int]]:
@@ -31,64 +33,99 @@ def spanning_tree(d: Array, members: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(edges)
 
 
-def turn(g: Array, at: int, a: int, b: int) -> float:
-    """Cosine of the increments at -> a and at -> b from inner products (n, n): 0 where squared distances add, positive
-    where both share a part, as children of a node no file occupies do. 0 for an increment of length 0."""
-    u, v = g[a, a] - 2 * g[a, at] + g[at, at], g[b, b] - 2 * g[b, at] + g[at, at]
-    inner = g[a, b] - g[a, at] - g[at, b] + g[at, at]
-    return float(inner / np.sqrt(u * v)) if u > 0 and v > 0 else 0.0
+def cost(table: Array, sizes: Array) -> Array:
+    """(n, n) mean over entries of the log variance of the increment between two models: minus twice the likelihood of
+    one having grown out of the other, every part's variance being its own. 0 on the diagonal.
+
+    table: (parts, n, n) inner products; sizes: (parts,) entries. Parts where all are equal tell nothing."""
+    total = np.zeros(table.shape[1:])
+    for g, size in zip(table, sizes, strict=True):
+        own = np.diag(g)
+        d = np.maximum(own[:, None] + own - 2 * g, 0)
+        if d.any():
+            total += size * np.log(d / d.mean() + EQUAL)
+    np.fill_diagonal(total, 0)
+    return total / sizes.sum()
 
 
-def rooted(edges: Sequence[tuple[int, int]], root: int) -> dict[int, int]:
-    """child -> parent of a tree, seen from its root."""
-    tree = nx.Graph(list(edges))
-    tree.add_node(root)
-    return {child: parent for parent, child in nx.bfs_edges(tree, root, sort_neighbors=sorted)}
+def arborescence(cost: Array, root: int) -> dict[int, int]:
+    """child -> parent of the cheapest tree that grows from the root (Chu & Liu 1965; Edmonds 1967). cost: (n, n), of a
+    parent (row) and its child; finite."""
+    best = np.where(np.eye(len(cost), dtype=bool), FAR, cost).argmin(0)
+    best[root] = -1
+    loops = _loops(best)
+    parent = {child: int(p) for child, p in enumerate(best) if p >= 0}
+    if not loops:
+        return parent
+    inside = {i for loop in loops for i in loop}
+    members = [*loops, *([i] for i in range(len(cost)) if i not in inside)]
+    extra = cost.copy()  # beyond what a node of a loop costs inside it
+    extra[:, sorted(inside)] -= cost[best[sorted(inside)], sorted(inside)]
+    order, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
+    small = np.minimum.reduceat(np.minimum.reduceat(extra[np.ix_(order, order)], starts, 0), starts, 1)
+    for into, out in arborescence(small, next(k for k, m in enumerate(members) if root in m)).items():
+        ways = extra[np.ix_(members[out], members[into])]
+        first, last = np.unravel_index(ways.argmin(), ways.shape)
+        parent[members[into][last]] = members[out][first]
+    return parent
 
 
-def share(g: Array, start: int, via: int, node: int) -> float:
-    """How much of the increment start -> via a node holds: its coefficient in the node's own way from the start. About
-    1 where the node descends from `via`, about 0 where it does not; what all training has in common adds to both."""
-    inner = g[node, via] - g[node, start] - g[start, via] + g[start, start]
-    return float(inner / max(g[via, via] - 2 * g[via, start] + g[start, start], 1e-300))
-
-
-def adopt(
-    parent: Mapping[int, int], hosts: Mapping[int, Sequence[int]], g: Array, low: float, high: float
-) -> dict[int, int]:
-    """Hang models from merges that are nearer than their parents and whose increment they hold whole (share from low
-    to high). hosts: merge -> its parents; no model hangs from its own descendant. g: (n, n) inner products."""
-    above: dict[int, Sequence[int]] = {child: [p] for child, p in parent.items()} | dict(hosts)
-    moved = dict(parent)
-    for child in sorted(parent):
-        shares = {host: share(g, parent[child], host, child) for host in sorted(hosts)}
-        fit = [h for h, s in shares.items() if low < s < high and child not in ancestors(above, h)]
-        if fit:
-            moved[child] = min(fit, key=lambda h: g[h, h] - 2 * g[h, child])
-            above[child] = [moved[child]]
-    return moved
-
-
-def between(g: Array, members: Sequence[int], merges: Mapping[int, Sequence[int]], threshold: float) -> list[int]:
-    """Members that lie between two parents of one merge (their turn is below -threshold), as what descends from the
-    merge does and nothing else: in a spanning tree they would join the parents."""
+def _loops(parent: NDArray[np.intp]) -> list[list[int]]:
+    """The loops of a map node -> parent (-1: none)."""
+    seen = np.full(len(parent), -1)
     found = []
-    for node in members:
-        ends = [(a, b) for parents in merges.values() if node not in parents for a in parents for b in parents if a < b]
-        if any(turn(g, node, a, b) < -threshold for a, b in ends):
-            found.append(node)
+    for start in range(len(parent)):
+        path, node = [], start
+        while node >= 0 and seen[node] < 0:
+            seen[node] = start
+            path.append(node)
+            node = int(parent[node])
+        if node >= 0 and seen[node] == start:
+            found.append(path[path.index(node) :])
     return found
 
 
-def attach(parent: Mapping[int, int], late: Sequence[int], hosts: Sequence[int], d: Array) -> dict[int, int]:
-    """Hang late models one by one, the nearest first, from hosts or from those hung before. d: (n, n)."""
-    grown, left, there = dict(parent), sorted(late), sorted(hosts)
-    while left and there:
-        child, host = min(((c, h) for c in left for h in there), key=lambda pair: (d[pair], pair))
-        grown[child] = host
-        left.remove(child)
-        there.append(child)
-    return grown
+def descent(cost: Array, root: int, merges: Mapping[int, Sequence[int]]) -> dict[int, int]:
+    """child -> parent of the cheapest tree from the root in which merges keep the parents they have (they are left out
+    of what is returned) and no model descends from itself, through whatever parent. cost: (n, n)."""
+    cost = cost.copy()
+    for merge, parents in merges.items():
+        cost[:, merge] = FAR
+        cost[list(parents), merge] = -FAR
+        cost[merge, list(parents)] = FAR
+    for _ in range(8 * len(cost)):
+        above = _above(arborescence(cost, root), merges, root)
+        edge = _faulty(cost, above, merges)
+        if edge is None:
+            break
+        cost[edge] = FAR
+    else:
+        cost[sorted(merges)] = FAR  # hosts of nothing make no loops
+        above = _above(arborescence(cost, root), merges, root)
+    return {child: p for child, (p, *_) in sorted(above.items()) if child not in merges}
+
+
+def _above(grown: Mapping[int, int], merges: Mapping[int, Sequence[int]], root: int) -> dict[int, Sequence[int]]:
+    """child -> all its parents."""
+    own = {child: (p,) for child, p in grown.items() if child not in merges}
+    return own | {m: tuple(p) for m, p in merges.items() if m != root}
+
+
+def _faulty(
+    cost: Array, above: Mapping[int, Sequence[int]], merges: Mapping[int, Sequence[int]]
+) -> tuple[int, int] | None:
+    """Of a loop, the (parent, child) that loses least when the child hangs from what does not descend from it."""
+    drawn = nx.DiGraph((p, child) for child, parents in sorted(above.items()) for p in parents)
+    try:
+        loop = [edge for edge in nx.find_cycle(drawn) if edge[1] not in merges]
+    except nx.NetworkXNoCycle:
+        return None
+
+    def loss(edge: tuple[int, int]) -> float:
+        others = sorted({*range(len(cost))} - nx.descendants(drawn, edge[1]) - {edge[1]})
+        return float(cost[others, edge[1]].min(initial=FAR) - cost[edge])
+
+    return min(loop, key=lambda edge: (loss(edge), edge), default=None)
 
 
 def ancestors(above: Mapping[Node, Sequence[Node]], node: Node) -> set[Node]:

@@ -72,6 +72,7 @@ class Ancestry:
     root: int | None = None
     root_confidence: float | None = None
     root_evidence: tuple[Evidence, ...] = ()
+    parent: Mapping[int, int] = field(default_factory=dict)  # child -> parent, of the fine-tune tree
     derived: dict[int, int] = field(default_factory=dict)  # leaf -> what it derives from, by copying
 
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ROOT = {
+    "centrality": 1.56,
+    "degree": 0.9,
+    "turns": 87.0,
+    "drift": 59.0,
+    "tangle": -217.0,
+    "length": -0.15,
+    "known": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -20,22 +31,18 @@ class Thresholds:
     merge_pool: int = 14  # candidates per child whose subsets are all tried
     merge_parents: int = 5
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
-    share_low: float = 0.9  # of a merge's increment that a descendant holds at least, in whitened coordinates
-    share_high: float = 1.5  # and at most: more is a common direction, not descent
-    between: float = 0.1  # minus the cosine of the ways to two parents of a merge, for what descends from the merge
     exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
     partial_gain: float = 0.85  # the same of a merge with an unseen parent
     steady: float = 5.0  # by which one weight for all blocks fits better than a path does
     neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
-    agreement: float = 400.0  # log-odds of a root per unit of mean cosine of the increments taken away from it
-    age: float = 10.0  # the same per unit of age (0 to 1), taken off
-    central: float = 4.0  # per unit of the logarithm of the mean distance to the others, taken off
-    degree: float = 0.5  # per neighbour in the spanning tree
+    root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence
+    trust: tuple[float, float, float] = (1.0, 0.5, 2.0)  # log-odds of an edge: at 0, per log gap, per joined
+    roots: int = 24  # models of a tree that are tried as its root
     directed: float = 0.7  # probability of a direction from which on an edge has one
     whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share
-    whiten_floor: float = 1e-4  # of the largest eigenvalue, added before the inverse root
+    whiten_floor: float = 1e-3  # of the largest eigenvalue, added before the inverse root
     replicates: int = 32  # bootstrap samples of blocks
     family_similarity: float = 0.15  # least silhouette at which a tree is parted into families
 

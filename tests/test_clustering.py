@@ -131,7 +131,7 @@ def test_metadata_that_weights_contradict_is_reported(models, tmp_path):
 
 def test_a_lone_pair_has_no_direction(models, tmp_path):
     folder = kin.save({n: models[n] for n in "ab"}, tmp_path / "m")
-    found = lineage.cluster(folder, ignore=["biases"], cache=tmp_path / "cache")
+    found = lineage.cluster(folder, cache=tmp_path / "cache")
     assert [e.directed for e in found.edges] == [False]
 
 

@@ -2,11 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 
 from lineage import direction
-
-EDGES = [(0, 1), (0, 2), (2, 3), (2, 4)]
 
 
 def test_the_middle_of_a_star_is_its_most_central_member():
@@ -17,29 +14,34 @@ def test_the_middle_of_a_star_is_its_most_central_member():
     assert scores[1] == pytest.approx(-np.log(np.linalg.norm(w - w[1], axis=1).mean()))
 
 
-def test_degrees_count_neighbours():
-    assert direction.degrees(EDGES, range(5)) == {0: 2, 1: 1, 2: 3, 3: 1, 4: 1}
-
-
 @pytest.mark.parametrize("root", [0, 2])
 def test_increments_that_share_a_direction_agree_away_from_the_root(root):
     rng = np.random.default_rng(root)
     drift = rng.normal(size=2000)
-    tree = {0: {1: 0, 2: 0, 3: 2, 4: 2}, 2: {0: 2, 3: 2, 4: 2, 1: 0}}[root]
+    trees = {0: {1: 0, 2: 0, 3: 2, 4: 2}, 2: {0: 2, 3: 2, 4: 2, 1: 0}, 3: {2: 3, 0: 2, 4: 2, 1: 0}}
     w = np.zeros((5, 2000))
-    for child, parent in tree.items():
+    for child, parent in trees[root].items():
         w[child] = w[parent] + drift + rng.normal(size=2000)
-    scores = direction.agreement(EDGES, w @ w.T, range(5))
-    assert max(scores, key=lambda m: scores[m]) == root
+    scores = {r: direction.agreement(tree, w @ w.T) for r, tree in trees.items()}
+    assert max(scores, key=lambda r: scores[r]) == root
 
 
-def test_ages_grow_with_biases_and_scales():
-    models = [{"b": torch.full((8,), 0.1 * k), "s": 1 + 0.1 * k * torch.arange(8.0)} for k in (1, 2, 4)]
-    ages = direction.ages(models, ["b", "s"])
-    assert ages is not None
-    assert list(np.argsort(ages)) == [0, 1, 2]
+def test_agreement_is_the_mean_cosine_of_pairs():
+    w = np.random.default_rng(1).normal(size=(4, 50))
+    moves = np.array([w[1] - w[0], w[2] - w[1], w[3] - w[1]])
+    unit = moves / np.linalg.norm(moves, axis=1, keepdims=True)
+    expected = np.mean([unit[i] @ unit[j] for i in range(3) for j in range(3) if i != j])
+    assert direction.agreement({1: 0, 2: 1, 3: 1}, w @ w.T) == pytest.approx(expected)
 
 
-def test_vectors_that_did_not_start_small_tell_no_age():
-    models = [{"b": torch.ones(64) * 0.2 + 0.001 * k} for k in range(3)]
-    assert direction.ages(models, ["b"]) is None
+def test_an_order_that_is_known_counts_for_the_trees_that_keep_it():
+    known = [(0, 2, 3.0), (1, 3, 1.0)]
+    assert direction.precedence({1: [0], 2: [1], 3: [0]}, known) == 3.0
+    assert direction.precedence({1: [2], 0: [1], 3: [1]}, known) == -2.0
+
+
+def test_chances_of_an_edge_are_summed_over_roots():
+    trees = {0: {1: 0, 2: 1}, 2: {1: 2, 0: 1}, 1: {0: 1, 2: 0}}
+    joined, forward = direction.forward(0, 1, trees, {0: 0.5, 2: 0.3, 1: 0.2})
+    assert (joined, forward) == pytest.approx((1.0, 0.5))
+    assert direction.forward(0, 2, trees, {0: 0.5, 2: 0.3, 1: 0.2}) == pytest.approx((0.2, 1.0))

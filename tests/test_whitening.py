@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lineage.unmerge import distances
-from lineage.whitening import inverse_root, whiten, whitened_table
+from lineage.whitening import SLOTS, inverse_root, sampled, steps, whiten, whitened_table
 
 
 def test_the_inverse_root_squares_to_the_inverse():
@@ -54,3 +54,28 @@ def test_blocks_are_kept_apart_and_orders_do_not_matter():
     assert table.shape == (2, 5, 5)
     back = whitened_table(models[::-1], {"a": "x", "b": "y"})[1][:, ::-1, ::-1]
     assert np.allclose(table, back)
+
+
+def test_steps_go_to_the_nearest_that_differs():
+    stack = torch.tensor([0.0, 0.0, 1.0, 5.0], dtype=torch.float64)[:, None, None].expand(4, 1, 1)
+    assert steps(stack).flatten().tolist() == [-1, -1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(3000, 700), (100, 90, 3, 3), (49408, 8), (5000,), (12, 40)])
+def test_large_matrices_are_looked_at_in_a_bounded_number_of_places(shape):
+    w = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    some = sampled(w)
+    assert some.numel() <= SLOTS
+    assert max(some.shape) <= 1024
+    assert torch.isin(some, w).all()
+    assert some.numel() == min(w.numel(), some.numel())
+    assert torch.equal(some, sampled(w))
+    if w.numel() < 1024:
+        assert some.numel() == w.numel()
+
+
+def test_a_sampled_tensor_counts_by_all_its_entries():
+    g = torch.Generator().manual_seed(4)
+    models = [{"w": torch.randn(600, 500, generator=g)} for _ in range(6)]
+    table = whitened_table(models, {"w": "w"})[1][0]
+    assert np.trace(table) == pytest.approx(6 * 300_000)
