@@ -79,7 +79,7 @@ class Run:
         from lineage.exports import exports
         from reports import build
 
-        page = build.build(results.to_json(result))
+        page = build.build(results.to_json(result), self.folder)
         files = {"result.json": results.dumps(result), "report.html": page, **exports(result)}
         results.write_files(self.folder, files, self.force)
         self.say(f"Written: {', '.join(str(self.folder / name) for name in files)}")
@@ -504,7 +504,7 @@ def report(run: Run, result: Path) -> None:
     result = result / "result.json" if result.is_dir() else result
     page = run.folder or result.with_name("report.html")
     results.check_target(page.parent, [page.name], run.force)
-    results.write_files(page.parent, {page.name: build.build(results.load_json(result))}, run.force)
+    results.write_files(page.parent, {page.name: build.build(results.load_json(result), result.parent)}, run.force)
     run.say(f"Written: {page}")
 
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from lineage.rank_statistics import additive_fit
 from lineage.transfer_measures import Matrix, Readings
-from lineage.transfer_records import Member, PairPrediction
+from lineage.transfer_records import ORACLE, PREDICTED, Member, PairPrediction
 
-PREDICTED, CONSTANT, ORACLE = "predicted", "constant", "rows + columns (oracle, other targets)"
+CONSTANT = "constant"
 LOSS_OF_MODEL, LOSS_OF_BASE = "loss of the model (one forward pass)", "loss of the base (one forward pass)"
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]

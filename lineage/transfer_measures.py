@@ -227,3 +227,8 @@ def _matrix(key: tuple[str, str, str], values: dict[tuple[str, str], float]) -> 
     bases, models = (tuple(sorted({pair[i] for pair in values})) for i in (0, 1))
     table = [[values.get((x, y), np.nan) for y in models] for x in bases]
     return Matrix(*key, bases, models, np.array(table, float))
+
+
+def retention_measure(found: Readings) -> str | None:
+    """The measure that retention is scored by: the judges', else the models' own loss, else none."""
+    return next((m for m in RETENTION if any(m in r.values for r in found.main())), None)

@@ -19,6 +19,7 @@ KINDS = (STYLE, CHARACTER)
 RANDOM = "random"  # network of a control: random factors of the norm that X's trained adapter has
 NONE = "none"  # network of the untouched model's cell
 DEFAULT = "default"
+PREDICTED, ORACLE = "predicted", "rows + columns (oracle, other targets)"  # predictors that the page knows by name
 SUPPORTED, CONTRADICTED, UNDECIDED = "supported", "contradicted", "undecided"
 NOT_TESTABLE = "not testable in miniature"
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTABLE)

@@ -16,8 +16,6 @@ import numpy as np
 
 from lineage.contrasts import frame
 from lineage.predictors import (
-    ORACLE,
-    PREDICTED,
     Members,
     Places,
     Predictor,
@@ -39,8 +37,10 @@ from lineage.rank_statistics import (
     stepped_up,
     stepped_up_tau,
 )  # fmt: skip
-from lineage.transfer_measures import JUDGED, RETENTION, Array, Matrix, Readings, matrices, readings
+from lineage.transfer_measures import JUDGED, Array, Matrix, Readings, matrices, readings, retention_measure
 from lineage.transfer_records import (
+    ORACLE,
+    PREDICTED,
     RANDOM,
     Agreement,
     Bar,
@@ -108,11 +108,6 @@ def statistics(
         tuple(_agreements(e)), _partial(e, kept), _permutations(e, permutations), rate,
         tuple(bars(scores, comparisons, controls, rate)),
     )  # fmt: skip
-
-
-def retention_measure(found: Readings) -> str | None:
-    """The measure that retention is scored by: the judges', else the models' own loss, else none."""
-    return next((m for m in RETENTION if any(m in r.values for r in found.main())), None)
 
 
 def _halves(

@@ -14,11 +14,14 @@ from lineage.cluster_result import ClusterResult, Edge
 from lineage.extract_result import AdapterResult
 from lineage.predict_result import PredictResult
 from lineage.records import restore
+from lineage.transfer_records import CONTRADICTED, SUPPORTED, TransferResult
 from reports.adapter_page import answer as adapter_answer
 from reports.cluster_words import added, answer, edge_words, formula
 from reports.forest import forest
 from reports.predict_words import answer as predict_answer
 from reports.predict_words import constants_words, for_own_style, warnings
+from reports.transfer_words import answer as transfer_answer
+from reports.transfer_words import findings
 from reports.wording import count, number, percent, size
 
 LAYERS_SHOWN = 10
@@ -260,10 +263,34 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def transfer(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Table]:
+    """The findings, what the prediction must reach, and the claims that got a verdict (-v: all)."""
+    found = restore(TransferResult, result)
+    yield plain(transfer_answer(found))
+    for paragraph in findings(found):
+        yield plain(paragraph)
+    yield Text()
+    met = {True: "yes", False: "no", None: "not known"}
+    made = table("requirement", ">found", "wanted", "met")
+    for bar in found.statistics.bars:
+        made.add_row(plain(bar.name), number(bar.value), plain(bar.wanted), met[bar.met])
+    yield made
+    shown = [x for x in found.hypotheses if verbosity > 0 or x.verdict in (SUPPORTED, CONTRADICTED)]
+    title = f"{len(shown)} of {len(found.hypotheses)} claims" + ("" if verbosity > 0 else ", -v shows all")
+    claims = table("claim", "verdict", ">effect", ">adjusted p", title=title)
+    for x in shown:
+        claims.add_row(plain(x.claim), x.verdict, number(x.effect), number(x.adjusted_p))
+    yield Text()
+    yield claims
+    if found.dropped:
+        yield plain(f"{count(len(found.dropped), 'column')} dropped for want of headroom; result.json names each.")
+
+
 TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {
     "svd": svd,
     "merge": merge,
     "cluster": cluster,
     "adapter": adapter,
     "predict": predict,
+    "transfer": transfer,
 }

@@ -23,6 +23,7 @@
     if (square) {
       document.querySelectorAll(".kin-matrix .chosen").forEach((c) => c.classList.remove("chosen"));
       square.classList.add("chosen");
+      byId("square").hidden = false;
       byId("square").textContent = square.querySelector("title").textContent;
     }
   });

@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from lineage.transfer_measures import Readings, readings
+from lineage.transfer_measures import Readings, readings, retention_measure
 from lineage.transfer_records import (
     CONTRADICTED,
     DEFAULT,
@@ -22,7 +22,6 @@ from lineage.transfer_records import (
     TransferResult,
     WorldFacts,
 )
-from lineage.transfer_statistics import retention_measure
 from reports.figures import Figure
 from reports.kin_matrix import Branch, Entry, branches, kin_matrix
 from reports.page import Page, Safe, footer, h, listing, panel, plot, section, visible
@@ -146,7 +145,7 @@ def _matrices(v: View) -> Safe | None:
         ]
     grids = [_grid(title, rows, columns, values, foretold, name, ends) for title, values, name, ends in tables]
     by_target = [_target(v, t, rows, columns, foretold) for t in v.world.targets]
-    said = h("p", "Click a square.", id="square", class_="note", aria_live="polite")
+    said = h("p", id="square", class_="note", aria_live="polite", hidden=True)
     return section("Where an adapter works", words, h("div", grids, class_="two"), by_target, said)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lineage.predictors import ORACLE, PREDICTED
 from lineage.transfer_records import (
     CONTRADICTED,
     NOT_TESTABLE,
+    ORACLE,
+    PREDICTED,
     SUPPORTED,
     UNDECIDED,
     VERDICTS,

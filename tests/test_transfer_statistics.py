@@ -16,11 +16,13 @@ from synthetic_transfer import Drawn, Plan, draw, transfer_result
 
 from lineage.errors import LineageError
 from lineage.exports import cells_csv, exports
-from lineage.predictors import CONSTANT, LOSS_OF_MODEL, ORACLE, PREDICTED
+from lineage.predictors import CONSTANT, LOSS_OF_MODEL
 from lineage.records import restore
 from lineage.results import dumps, to_json
 from lineage.transfer_measures import Readings, matrices, readings
 from lineage.transfer_records import (
+    ORACLE,
+    PREDICTED,
     Cell,
     Design,
     Member,
