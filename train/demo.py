@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, str], None]
 WEIGHTS = (0.0, 0.65, 1.0)
-STEPS = 150
+STEPS = 250
 
 
 @dataclass(frozen=True)
