@@ -115,14 +115,23 @@ class FamilyTree:
         return {name: frozenset(group) for group in nx.connected_components(self.ways) for name in group}
 
     @cached_property
-    def origins(self) -> dict[frozenset[str], str]:
-        """Frame -> where style vectors start: its root, else what stands nearest to all of it."""
-        return {frame: self._origin(sorted(frame & self.at.keys())) for frame in set(self.frames.values())}
+    def reach(self) -> Array:
+        """(n,) squared length of each style vector. It starts at the first model of a frame or, where that is in no
+        file, at the centre of all that grew from it."""
+        reach = np.zeros(len(self.names))
+        for frame in set(self.frames.values()):
+            members = sorted(frame & self.at.keys())
+            rows = [self.at[m] for m in members]
+            own, start = self.squares[np.ix_(rows, rows)], self._start(members, frame)
+            reach[rows] = np.maximum(own @ start - start @ own @ start / 2, 0)
+        return reach
 
-    def _origin(self, members: Sequence[str]) -> str:
-        rows = [self.at[name] for name in members]
-        central = np.nansum(self.squares[np.ix_(rows, rows)], axis=1)
-        return next((m for m in members if self.roots[m] == m), members[int(np.argmin(central))])
+    def _start(self, members: Sequence[str], frame: frozenset[str]) -> Array:
+        """The origin as weights of the members, which sum to 1."""
+        heads = [m for m in members if self.roots[m] == m]
+        heads = heads or [m for m in members if not frame.intersection(self.descent.predecessors(m))]
+        chosen = heads if len(heads) == 1 else members
+        return np.array([m in chosen for m in members], np.float64) / len(chosen)
 
     def kin(self, x: str, y: str) -> bool:
         """Whether weights of x mean the same in y."""
@@ -196,8 +205,7 @@ def features(tree: FamilyTree, x: str, y: str) -> Features:
     square = tree.square(x, y)
     if not tree.kin(x, y):
         return Features(None if np.isnan(square) else sqrt(square), None)
-    r = tree.origins[tree.frames[y]]
-    xx, yy = tree.square(x, r), tree.square(y, r)
+    xx, yy = (float(tree.reach[tree.at[name]]) for name in (x, y))
     inner = (xx + yy - square) / 2
     return Features(
         distance=sqrt(square),
