@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic import HOSTILE, merge_result, svd_result
 from synthetic_cluster import cluster_result
+from synthetic_transfer import PIXEL, Plan, draw, transfer_result
+from test_transfer_page import HOSTILE as HOSTILE_MODELS
 
 from lineage.results import dumps
 from reports.build import build
@@ -53,6 +55,15 @@ def cluster_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "cluster.html"
     path.write_text(build(json.loads(dumps(cluster_result(60, hostile=True)))), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def transfer_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "a.png").write_bytes(PIXEL)
+    result = transfer_result(draw(Plan(worlds=3), names=HOSTILE_MODELS), 0, samples="a.png")
+    (folder / "transfer.html").write_text(build(json.loads(dumps(result)), folder), encoding="utf-8")
+    return folder / "transfer.html"
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +360,43 @@ def test_a_recipe_is_copied_or_selected(visit, cluster_file):
     page.evaluate("document.querySelector('button.copy').closest('details').open = true")
     button.click()
     wait(page, "/Copied|Selected/.test(document.querySelector('button.copy').textContent)")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1400, "dark")])
+def test_a_transfer_experiment_opens_and_does_not_overflow(visit, transfer_file, width, scheme):
+    page = visit(transfer_file, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".plot .main-svg").count() >= 7
+    assert page.locator(".two > .panel .kin-matrix").count() == 4
+    assert page.evaluate("[...document.querySelectorAll('details[open] .thumb img')].every(i => i.naturalWidth === 1)")
+
+
+def test_a_square_says_its_numbers(visit, transfer_file):
+    page = visit(transfer_file)
+    assert not page.locator("#square").is_visible()
+    square = page.locator(".kin-matrix .cell.plus").nth(5)
+    square.click()
+    assert page.inner_text("#square") == square.locator("title").text_content()
+    assert page.locator(".kin-matrix .chosen").count() == 1
+
+
+def test_a_picture_grows_and_closes(visit, transfer_file):
+    page = visit(transfer_file, 390)
+    thumb = page.locator(".thumb").nth(3)
+    thumb.click()
+    assert page.locator("#enlarged").is_visible()
+    assert page.inner_text("#large-name") == visible(thumb.locator("img").get_attribute("alt"))
+    page.keyboard.press("Escape")
+    assert not page.locator("#enlarged").is_visible()
+
+
+def test_a_claim_opens_its_figures(visit, transfer_file):
+    page = visit(transfer_file)
+    claim = page.locator(".claim", has_text="within a family").first
+    assert not claim.locator("table").is_visible()
+    claim.locator("summary").click()
+    assert claim.locator("table").is_visible()
+    assert claim.locator("tbody tr").count() == 4
 
 
 @pytest.mark.slow
