@@ -154,7 +154,8 @@ def _cached() -> Any:
         if len(found) > CLIP_END:  # transformers 5 makes an empty one where it cannot fetch
             return found
     raise LineageError(
-        "No tokenizer: a single file carries none. Set model.config (--config DIR) to a folder with tokenizer/, as any "
-        f"diffusers model has, or let {HUB_TOKENIZER} be fetched from the hub once; "
+        "No tokenizer: a single file carries none. Set model.config (lineage train: --set model.config=DIR, lineage "
+        "sample: --config DIR) to a folder with tokenizer/, as any diffusers model has, or let "
+        f"{HUB_TOKENIZER} be fetched from the hub once; "
         "`pip install --no-deps open_clip_torch` serves too."
     )

@@ -190,8 +190,9 @@ def skeleton(config: ModelConfig, precision: str = "fp32") -> tuple[str, dict[st
 
 
 def _folders(config: ModelConfig) -> list[Path]:
-    """Where configurations may lie: as named, in the base itself, or in `config` beside a single file."""
-    found = [config.config, config.base, config.base.parent / "config"]
+    """Where configurations may lie: as named, in the base itself, in `config` beside a single file or its folder."""
+    beside = config.base.absolute().parent
+    found = [config.config, config.base, beside / "config", beside.parent / "config"]
     if config.config and not config.config.is_dir():
         raise FileError(
             config.config, "is not a folder.", "model.config names one with unet/config.json, tokenizer/ ..."
@@ -246,7 +247,10 @@ def _state(part: str, module: Any, checkpoint: Checkpoint, source: str, dtype: t
     return found
 
 
-ANOTHER = "Set model.config (--config DIR) to the folder of the model's own configuration, as diffusers lays it out."
+ANOTHER = (
+    "Set model.config (lineage train: --set model.config=DIR, lineage sample: --config DIR) to the folder of the "
+    "model's own configuration, as diffusers lays it out."
+)
 
 
 def _fill_positions(module: Any, device: str | torch.device) -> None:
