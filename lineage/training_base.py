@@ -28,8 +28,9 @@ class Candidate:
 
     @cached_property
     def short(self) -> str:
-        """The web UI's old hash; "" of a folder."""
-        return short_hash(self.path) if self.path.is_file() else ""
+        """The web UI's old hash; "" of a folder, and of files too small to have one of their own."""
+        whole = self.path.is_file() and self.path.stat().st_size > 0x100000
+        return short_hash(self.path) if whole else ""
 
     def has(self, digest: str) -> bool:
         """Whether a hash is its own: the sha256, the beginning of it, or the old one."""

@@ -100,6 +100,8 @@ def adapter(path: Path, metadata: Mapping[str, str] | None = None, wide: int = 1
     """A LoRA of every attention layer of `unet`."""
     tensors: Weights = {}
     for name, width in _layers(wide, text).items():
+        for ldm, diffusers in (("input_blocks.1.1", "down_blocks.0"), ("output_blocks.1.1", "up_blocks.0")):
+            name = name.replace(ldm, f"{diffusers}.attentions.0")
         module = "lora_unet_" + name.replace(".", "_")
         tensors |= {
             f"{module}.lora_up.weight": torch.ones(wide, 2),

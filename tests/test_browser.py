@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from synthetic import HOSTILE, merge_result, svd_result
-from synthetic_cluster import cluster_result
+from synthetic_cluster import HOSTILE_NAMES, cluster_result
+from synthetic_prediction import predict_result
 from synthetic_transfer import PIXEL, Plan, draw, transfer_result
 from test_transfer_page import HOSTILE as HOSTILE_MODELS
 
@@ -64,6 +65,13 @@ def transfer_file(tmp_path_factory) -> Path:
     result = transfer_result(draw(Plan(worlds=3), names=HOSTILE_MODELS), 0, samples="a.png")
     (folder / "transfer.html").write_text(build(json.loads(dumps(result)), folder), encoding="utf-8")
     return folder / "transfer.html"
+
+
+@pytest.fixture(scope="module")
+def predict_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "predict.html"
+    path.write_text(build(json.loads(dumps(predict_result((*HOSTILE_NAMES, "a", "b", "c"))))), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -397,6 +405,25 @@ def test_a_claim_opens_its_figures(visit, transfer_file):
     claim.locator("summary").click()
     assert claim.locator("table").is_visible()
     assert claim.locator("tbody tr").count() == 4
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_prediction_opens_and_does_not_overflow(visit, predict_file, width, scheme):
+    page = visit(predict_file, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".forecast li").count() == len(HOSTILE_NAMES) + 3
+    assert page.locator(".forecast .who b").all_inner_texts()[:2] == [visible(n) for n in HOSTILE_NAMES[:2]]
+
+
+def test_bars_are_as_long_as_they_say(visit, predict_file):
+    page = visit(predict_file)
+    found = predict_result((*HOSTILE_NAMES, "a", "b", "c")).forecasts
+    drawn = page.eval_on_selector_all(
+        ".forecast .fill.signal", "bars => bars.map(b => b.offsetWidth / b.parentElement.offsetWidth)"
+    )
+    assert drawn == pytest.approx([f.strength or 0 for f in found], abs=0.01)
+    assert page.locator(".forecast li").nth(1).get_attribute("title") == visible(found[1].reason)
 
 
 @pytest.mark.slow
