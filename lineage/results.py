@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from lineage.errors import FileError
 
-SCHEMA = "1.1.0"
+SCHEMA = "1.2.0"
 
 
 @dataclass(frozen=True)
