@@ -123,7 +123,8 @@ def main() -> None:
     parser.add_argument("--kohya", nargs=3, type=Path, metavar=("BASE", "TUNED", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.kohya:
-        return kohya(*options.kohya, options.rank)
+        base, tuned, output = options.kohya
+        return kohya(base, tuned, output, options.rank)
     pairs.make()
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
