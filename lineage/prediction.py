@@ -233,8 +233,8 @@ def _way(tree: FamilyTree, x: str, y: str) -> Way:
     for elder, younger in ((x, y), (y, x)):
         if x != y and nx.has_path(tree.descent, elder, younger):
             line = tuple(nx.shortest_path(tree.descent, elder, younger))
-            edges: list[Edge] = [tree.descent.edges[step]["edge"] for step in pairwise(line)]
-            return Way(line, any(e.relation == "merge" for e in edges), edges[0].weight)
+            last: Edge = tree.descent.edges[line[-2], line[-1]]["edge"]
+            return Way(line, len(line) == 2 and last.relation == "merge", last.weight)
     return Way(common=tree.common(x, y))
 
 

@@ -15,8 +15,7 @@ MOST_NAMED = 3
 @dataclass(frozen=True)
 class Way:
     """How two models hang together. line: of descent, the elder first, both ends included; empty without one. merged:
-    a merge is on it; weight: of the elder, where the next on the line is a merge of it. common: the nearest model that
-    both descend from."""
+    the younger is a merge of the elder, weight: at that coefficient. common: the nearest model both descend from."""
 
     line: tuple[str, ...] = ()
     merged: bool = False
@@ -45,7 +44,7 @@ def _kin(base: str, model: str, relation: str, way: Way) -> str:
 
 def _descent(way: Way) -> str:
     elder, *between, younger = way.line
-    if way.merged and not between:
+    if way.merged:
         return f"{younger} is a merge {'of' if way.weight is None else f'that holds {way.weight:.2f} of'} {elder}"
     return f"{younger} descends from {elder}" + (f" through {', '.join(_few(between))}" if between else "")
 

@@ -207,6 +207,15 @@ def test_file_order_and_names_change_nothing(models, tmp_path):
         assert (g.strength, g.retention) == (pytest.approx(f.strength), pytest.approx(f.retention))
 
 
+def test_folders_too_large_to_keep_distances_are_measured_again(ask, models, monkeypatch):
+    metadata = {"ss_new_sd_model_hash": sha256(models / "first.safetensors")}
+    kept = ask(metadata).forecasts
+    monkeypatch.setattr("lineage.cluster_records.ALL_DISTANCES", 3)
+    for f, g in zip(kept, ask(metadata).forecasts, strict=True):
+        assert (g.model, g.verdict) == (f.model, f.verdict)
+        assert (g.strength, g.retention) == (pytest.approx(f.strength, abs=1e-4), pytest.approx(f.retention, abs=1e-4))
+
+
 def test_the_list_is_the_tree(ask, models):
     result = ask({})
     place = {m.name: (i, m.depth) for i, m in enumerate(result.models)}

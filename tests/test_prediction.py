@@ -7,12 +7,14 @@ import random
 from dataclasses import fields, replace
 from pathlib import Path
 
+import kin
 import networkx as nx
 import numpy as np
 import pytest
 from synthetic_cluster import cluster_result
 from synthetic_prediction import article, edge, tree_of
 
+import lineage
 from lineage import prediction
 from lineage.cluster_result import Choice, ClusterResult, Distances, Evidence
 from lineage.errors import LineageError
@@ -30,7 +32,7 @@ def pairs(tree: FamilyTree, **changes):
     return predictions(tree, tree.names, tree.names, replace(THEORY, **changes))
 
 
-def kin(tree: FamilyTree, **changes):
+def related(tree: FamilyTree, **changes):
     return [p for p in pairs(tree, **changes) if p.relation not in ("other root", "permuted")]
 
 
@@ -53,7 +55,7 @@ def test_its_own_base_is_strongest(world):
 
 def test_strength_falls_with_distance(world):
     points, tree = world
-    found = kin(tree)
+    found = related(tree)
     apart = [float(np.linalg.norm(points[p.base] - points[p.model])) for p in found]
     assert [p.features.distance for p in found] == pytest.approx(apart, rel=1e-6, abs=1e-7)
     order = np.argsort(apart)
@@ -63,7 +65,7 @@ def test_strength_falls_with_distance(world):
 
 def test_retention_is_the_share_of_the_style_vector_that_the_base_lacks(world):
     points, tree = world
-    for p in kin(tree):
+    for p in related(tree):
         r = first_of(tree, p.model)
         x, y = points[p.base] - points[r], points[p.model] - points[r]
         expected = np.clip(1 - x @ y / (y @ y), 0, 1) if y @ y else 0
@@ -109,9 +111,22 @@ def test_relations(world):
     told = {
         ("SD", "NMFSAN"): "ancestor", ("NMFSAN", "AC"): "descendant", ("Anything", "AOM"): "sibling",
         ("BP", "Anything"): "cousin", ("AnyLora", "AOM"): "merge", ("BP", "tmp1"): "merge", ("NAI", "NAI"): "same",
-        ("other", "SD"): "other root", ("NAI", "NAI-permuted"): "permuted",
+        ("AC", "tmp1"): "ancestor", ("other", "SD"): "other root", ("NAI", "NAI-permuted"): "permuted",
     }  # fmt: skip
     assert {pair: predict_pair(tree, *pair).relation for pair in told} == told
+
+
+def test_a_folder_of_files_is_read_as_it_was_made(tmp_path):
+    """From files to words: a fine-tune, a permuted copy of it, a stranger."""
+    made = {"base": kin.root(0), "stranger": kin.root(1)}
+    made["tuned"] = kin.tune(made["base"], 2)
+    made["shuffled"] = kin.permute(made["tuned"], 3)
+    found = lineage.cluster(kin.save(made, tmp_path / "models"), base="base")
+    verdict = {(p.base, p.model): p.verdict for p in predictions(found, list(made), list(made))}
+    for x in ("base", "tuned"):
+        assert verdict[x, "shuffled"] == verdict["shuffled", x] == "permuted"
+        assert verdict[x, "stranger"] == verdict["stranger", x] == "other root"
+    assert verdict["base", "tuned"] == "works"
 
 
 def test_reasons_are_sentences_about_the_tree(world):
@@ -150,7 +165,7 @@ def test_a_tree_whose_first_model_is_in_no_file_starts_at_its_centre(world):
     edges = [edge("unseen", "AC"), edge("unseen", "NAI"), edge("AC", "BP")]
     tree = tree_of(known, edges, dict.fromkeys(known, "unseen"))
     centre = sum(known.values()) / 3
-    for p in kin(tree):
+    for p in related(tree):
         x, y = known[p.base] - centre, known[p.model] - centre
         assert p.retention == pytest.approx(np.clip(1 - x @ y / (y @ y), 0, 1), abs=1e-6)
     assert predict_pair(tree, "BP", "NAI").relation == "cousin"
@@ -221,7 +236,7 @@ def test_models_without_distances_are_refused():
 def test_baselines(world):
     """minus distance and weight cosine rank alike; tree distance is networkx' shortest way."""
     points, tree = world
-    found = kin(tree)
+    found = related(tree)
     near, alike = ([BASELINES[b](p.features) for p in found] for b in ("minus distance", "weight cosine"))
     assert np.all(np.diff(np.array(alike)[np.argsort(near)]) >= 0)
     ways = nx.Graph((e.parent, e.child) for e in tree.edges)
