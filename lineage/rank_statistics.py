@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import asin, pi, sin, sqrt
 
 import numpy as np
@@ -11,7 +11,7 @@ from scipy import stats
 
 Array = NDArray[np.float64]
 FEWEST = 3  # sources that a column needs to have an order worth the name
-RESAMPLES = 10_000
+RESAMPLES, SEED = 10_000, 0
 
 
 def spearman(x: Array, y: Array) -> float:
@@ -118,15 +118,15 @@ def stepped_up_tau(tau: float) -> float:
     return 2 / pi * asin(stepped_up(sin(pi / 2 * tau)))
 
 
-def interval(values: Sequence[float], rng: np.random.Generator, level: float = 0.95) -> tuple[float, float] | None:
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float | None, float | None]:
     """Bootstrap interval of the mean over worlds; None below three. Percentiles widened for few worlds as t quantiles
     are (Hesterberg 2015, expanded percentile interval): plain ones miss one time in ten at ten worlds."""
     n = len(values)
     if n < FEWEST:
-        return None
+        return None, None
     tail = stats.norm.cdf(-sqrt(n / (n - 1)) * stats.t.ppf(0.5 + level / 2, n - 1))
-    means = np.asarray(values)[rng.integers(n, size=(RESAMPLES, n))].mean(1)
-    low, high = np.quantile(means, [tail, 1 - tail])
+    drawn = np.random.default_rng(SEED).integers(n, size=(RESAMPLES, n))
+    low, high = np.quantile(np.asarray(values)[drawn].mean(1), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -155,3 +155,12 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 def share_upper(hits: int, trials: int, level: float = 0.95) -> float:
     """Upper Clopper-Pearson bound of a share."""
     return float(stats.beta.ppf(level, hits + 1, trials - hits)) if hits < trials else 1.0
+
+
+def world_means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """World -> mean of its values, those that are nan left out; sorted by name."""
+    found: dict[str, list[float]] = {}
+    for world, value in pairs:
+        if np.isfinite(value):
+            found.setdefault(world, []).append(value)
+    return {w: float(np.mean(found[w])) for w in sorted(found)}

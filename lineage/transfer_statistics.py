@@ -23,7 +23,7 @@ from lineage.predictors import (
     predictors,
     root_masks,
     within,
-)  # fmt: skip
+)
 from lineage.rank_statistics import (
     centred_spearman,
     column_tau,
@@ -36,24 +36,23 @@ from lineage.rank_statistics import (
     spearman,
     stepped_up,
     stepped_up_tau,
-)  # fmt: skip
+    world_means,
+)
+from lineage.requirements import requirements
+from lineage.transfer_controls import controls
 from lineage.transfer_measures import JUDGED, Array, Matrix, Readings, matrices, readings, retention_measure
 from lineage.transfer_records import (
-    ORACLE,
     PREDICTED,
-    RANDOM,
     Agreement,
-    Bar,
     Cell,
     Comparison,
-    Control,
     Design,
     FalsePositives,
     PairPrediction,
     Score,
     Statistics,
     WorldFacts,
-)  # fmt: skip
+)
 from lineage.verdicts import ALPHA, table_false_positives
 
 Progress = Callable[[int, int, str], None]
@@ -101,12 +100,12 @@ def statistics(
     strength, kept = "lift", retention_measure(found)
     scores = [*_scores(e, "strength", strength), *(_scores(e, "retention", kept) if kept else [])]
     comparisons = [*_comparisons(scores)]
-    controls = tuple(_controls(e))
+    failing = tuple(controls(found))
     rate = _false_positives(e, shuffles, progress) if shuffles else None
     return Statistics(
-        len({r.world for r in found.rows}), len(cells), halved, tuple(scores), tuple(comparisons), controls,
+        len({r.world for r in found.rows}), len(cells), halved, tuple(scores), tuple(comparisons), failing,
         tuple(_agreements(e)), _partial(e, kept), _permutations(e, permutations), rate,
-        tuple(bars(scores, comparisons, controls, rate)),
+        tuple(requirements(scores, comparisons, failing, rate)),
     )  # fmt: skip
 
 
@@ -145,22 +144,13 @@ def _replicates(cells: Sequence[Cell]) -> dict[tuple, int]:
     return {(adapter, s): i for adapter, found in seeds.items() for i, s in enumerate(sorted(found))}
 
 
-def _by_world(pairs: Iterator[tuple[str, float]]) -> dict[str, float]:
-    """Mean over a world's matrices, those without a value left out."""
-    found: dict[str, list[float]] = {}
-    for world, value in pairs:
-        if np.isfinite(value):
-            found.setdefault(world, []).append(value)
-    return {w: fmean(found[w]) for w in sorted(found)}
-
-
 def _scores(e: Evidence, of: str, measure: str) -> Iterator[Score]:
     measured = matrices(e.found, measure)
     halves = [(_index(matrices(a, measure)), _index(matrices(b, measure))) for a, b in e.halves]
     for figure, score in e.figures().items():
         ceiling = _ceiling(halves, score) if figure in ("tau", "centred") else None
         for name, predictor in predictors(e.found, e.predictions, of, measured).items():
-            worlds = _by_world((m.world, score(m, m.values, predictor(m))) for m in measured)
+            worlds = world_means((m.world, score(m, m.values, predictor(m))) for m in measured)
             if worlds:
                 half = _against_halves(halves, score, predictor) if ceiling is not None else None
                 yield _score(name, of, figure, worlds, ceiling, half)
@@ -176,7 +166,7 @@ def _index(found: Sequence[Matrix]) -> Index:
 def _ceiling(halves: Sequence[tuple[Index, Index]], score: Figure) -> float | None:
     """What one half of the seeds, as a predictor, would score against the other; mean over worlds."""
     pairs = ((key[0], _shared(a[key], b[key], score)) for a, b in halves for key in sorted(a.keys() & b.keys()))
-    worlds = _by_world(iter(pairs))
+    worlds = world_means(iter(pairs))
     return fmean(worlds.values()) if worlds else None
 
 
@@ -187,7 +177,7 @@ def _shared(a: Matrix, b: Matrix, score: Figure) -> float:
 
 def _against_halves(halves: Sequence[tuple[Index, Index]], score: Figure, predictor: Predictor) -> float | None:
     each = ((m.world, score(m, m.values, predictor(m))) for ab in halves for half in ab for m in half.values())
-    worlds = _by_world(iter(each))
+    worlds = world_means(iter(each))
     return fmean(worlds.values()) if worlds else None
 
 
@@ -196,7 +186,7 @@ def _score(
 ) -> Score:
     values = [*worlds.values()]
     mean = fmean(values)
-    low, high = _interval(values)
+    low, high = interval(values)
     strict = None if ceiling is None else (stepped_up_tau if figure == "tau" else stepped_up)(ceiling)
     share = half / ceiling if half is not None and ceiling and ceiling > 0 else None
     strict_share = mean / strict if strict else None
@@ -204,10 +194,6 @@ def _score(
     return Score(
         name, of, figure, mean, float(np.median(values)), low, high, p, ceiling, share, strict, strict_share, worlds
     )
-
-
-def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    return interval(values, np.random.default_rng(SEED)) or (None, None)
 
 
 def _comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:
@@ -220,52 +206,7 @@ def _comparisons(scores: Sequence[Score]) -> Iterator[Comparison]:
         sign = -1 if figure == "regret" else 1
         ds = [sign * (mine.worlds[w] - other.worlds[w]) for w in mine.worlds if w in other.worlds]
         if ds:
-            yield Comparison(PREDICTED, name, of, figure, fmean(ds), *_interval(ds), mean_p(ds))
-
-
-def _controls(e: Evidence) -> Iterator[Control]:
-    """Rows that must fail, each beside the true pairs of the same model and target."""
-    true: dict[tuple, list[float]] = {}
-    failing: dict[str, dict[tuple, list[float]]] = {}
-    for r in e.found.rows:
-        if "lift" in r.values and (name := _role(e, r)):
-            group = true if name == "true" else failing.setdefault(name, {})
-            group.setdefault((r.world, r.target, r.model), []).append(r.values["lift"])
-    for name, columns in sorted(failing.items()):
-        shared = [key for key in columns if key in true]
-        lifts = _by_world((key[0], fmean(columns[key])) for key in shared)
-        trues = _by_world((key[0], fmean(true[key])) for key in shared)
-        if lifts:
-            yield _control(name, lifts, trues)
-
-
-OTHER_ROOT, PERMUTED, NORM_MATCHED = "a base of another root", "a permuted copy", "a random adapter of equal norm"
-
-
-def _role(e: Evidence, r) -> str | None:
-    """Which group a reading belongs to: "true", a control, or neither."""
-    x, y = e.members[r.world, r.base], e.members[r.world, r.model]
-    d = e.found.design
-    if r.weight != d.weight or not r.final or r.setup != "default" or r.network not in (d.network, RANDOM):
-        return None
-    if y.use == "control":
-        return None
-    if r.network == RANDOM:
-        return NORM_MATCHED
-    if x.relation == "permuted":
-        return PERMUTED
-    if x.root != y.root:
-        return OTHER_ROOT
-    return "true" if x.name != y.name and x.use != "control" else None
-
-
-def _control(name: str, lifts: dict[str, float], trues: dict[str, float]) -> Control:
-    """It fails where its interval lies below half of the true pairs' lift; unknown with fewer than three worlds."""
-    values, true = [*lifts.values()], fmean(trues.values())
-    low, high = _interval(values)
-    fails = None if high is None else high < true / 2
-    words = {None: "too few worlds", True: "fails, as it should", False: "does not clearly fail"}[fails]
-    return Control(name, fmean(values), low, high, true, fails, words)
+            yield Comparison(PREDICTED, name, of, figure, fmean(ds), *interval(ds), mean_p(ds))
 
 
 def _agreements(e: Evidence) -> Iterator[Agreement]:
@@ -290,7 +231,7 @@ def _agreement(e: Evidence, a: str, b: str) -> dict[str, float]:
     pairs = (
         (m.world, _shared(m, second[key], rho)) for key, m in _index(matrices(e.found, a)).items() if key in second
     )
-    return _by_world(iter(pairs))
+    return world_means(iter(pairs))
 
 
 def _partial(e: Evidence, kept: str | None) -> Score | None:
@@ -304,14 +245,14 @@ def _partial(e: Evidence, kept: str | None) -> Score | None:
         return _shared(m, strength[m.world, m.target], score)
 
     measured = [m for m in matrices(e.found, kept) if (m.world, m.target) in strength]
-    worlds = _by_world((m.world, beyond(m)) for m in measured)
+    worlds = world_means((m.world, beyond(m)) for m in measured)
     return _score(PREDICTED, "retention", "beyond strength", worlds) if worlds else None
 
 
 def _tau_worlds(e: Evidence, measured: Sequence[Matrix], places: Places | None) -> list[float]:
     predictor = foretold(e.predictions, "strength", places)
     score = e.figures()["tau"]
-    return [*_by_world((m.world, score(m, m.values, predictor(m))) for m in measured).values()]
+    return [*world_means((m.world, score(m, m.values, predictor(m))) for m in measured).values()]
 
 
 def _dealt(e: Evidence, rng: np.random.Generator, families: bool) -> Places:
@@ -346,53 +287,3 @@ def _false_positives(e: Evidence, shuffles: int, progress: Progress | None) -> F
     ps = [mean_p(_tau_worlds(e, measured, _dealt(e, rng, False))) for _ in range(shuffles)]
     hits = sum(p is not None and p <= ALPHA for p in ps)
     return FalsePositives(shuffles, ALPHA, table, share_upper(table, shuffles), hits, share_upper(hits, shuffles))
-
-
-def bars(
-    scores: Sequence[Score], comparisons: Sequence[Comparison], controls: Sequence[Control], rate: FalsePositives | None
-) -> Iterator[Bar]:
-    """What the prediction must reach, and what it aims at."""
-    table = {(s.of, s.figure): s for s in scores if s.predictor == PREDICTED}
-    strength, kept, lost = (table.get(k) for k in (("strength", "tau"), ("retention", "tau"), ("strength", "regret")))
-    rivals = [c for c in comparisons if (c.of, c.figure) == ("strength", "tau") and c.baseline != ORACLE]
-    yield _at_least(
-        "must: strength, tau as a share of what a perfect predictor would reach",
-        strength and strength.strict_share,
-        0.7,
-    )
-    yield _at_least(
-        "aim: strength, tau as a share of what a perfect predictor would reach",
-        strength and strength.strict_share,
-        0.85,
-    )
-    median = lost and lost.median
-    yield Bar(
-        "must: median regret over worlds, in lift", median, "at most 0.02", None if median is None else median <= 0.02
-    )
-    worst = min(rivals, key=lambda c: c.difference, default=None)
-    high = worst and worst.high
-    yield Bar(
-        "must: tau less the best baseline's",
-        worst and worst.difference,
-        "not clearly below 0",
-        None if high is None else high >= 0,
-    )
-    lowest = min((c.low for c in rivals if c.low is not None), default=None)
-    yield Bar("aim: lowest bound of tau less any baseline's", lowest, "above 0", None if lowest is None else lowest > 0)
-    yield _at_least(
-        "must: retention, tau as a share of what a perfect predictor would reach", kept and kept.strict_share, 0.6
-    )
-    for c in controls:
-        yield Bar(f"must: {c.name}, lift", c.lift, f"below half of {c.true_lift:.3g}", c.fails)
-    for name, hits in (("the table", rate and rate.table), ("the predictor", rate and rate.predictor)):
-        found = None if rate is None or hits is None else hits / rate.shuffles
-        yield Bar(
-            f"must: false positives of {name} on shuffled trees",
-            found,
-            "at most 0.07",
-            None if found is None else found <= 0.07,
-        )
-
-
-def _at_least(name: str, value: float | None, wanted: float) -> Bar:
-    return Bar(name, value, f"at least {wanted:g}", None if value is None else value >= wanted)

@@ -16,7 +16,6 @@ from lineage.transfer_records import CONTRADICTED, NOT_TESTABLE, SUPPORTED, UNDE
 
 ALPHA = 0.05
 FEWEST_WORLDS = 5  # below, no test over worlds is worth a verdict
-SEED = 0
 Worlds = dict[str, float]
 
 
@@ -78,8 +77,7 @@ def _hypothesis(
 
 
 def _effect(measure: str, values: list[float]) -> Effect:
-    low, high = interval(values, np.random.default_rng(SEED)) or (None, None)
-    return Effect(measure, float(np.mean(values)), low, high, mean_p(values))
+    return Effect(measure, float(np.mean(values)), *interval(values), mean_p(values))
 
 
 def _verdict(

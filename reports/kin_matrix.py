@@ -9,7 +9,8 @@ from lineage.transfer_records import Member, WorldFacts
 from reports.page import Safe, h, shortened, visible
 
 INDENT, LETTER, LONGEST = 11, 6.6, 20
-ROOM, SMALL, LARGE, NUMBERED = 590, 24, 40, 31  # width aimed at; sizes of a cell, and from which it holds its number
+HALF, WHOLE = 590, 1240  # widths in px: of a panel beside another, of one alone
+SMALL, LARGE, NUMBERED = 24, 40, 31  # px of a cell, and from which it holds its number
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ def _kept_parent(members: Mapping[str, Member], kept: set[str], name: str) -> st
 
 
 def kin_matrix(
-    rows: Sequence[Branch], columns: Sequence[Branch], entry: Callable[[str, str], Entry], label: str
+    rows: Sequence[Branch], columns: Sequence[Branch], entry: Callable[[str, str], Entry], label: str, room: int = HALF
 ) -> Safe:
-    """SVG: bases down, models across; colours come from the page's style sheet, a click on a cell shows its words."""
+    """SVG of about `room` px, bases down, models across. Colours come from the style sheet; a click shows the words."""
     left, top = _strip(rows), _strip(columns)
-    size = round(max(SMALL, min(LARGE, (ROOM - left) / max(1, len(columns)))))
+    size = round(max(SMALL, min(LARGE, (room - left) / max(1, len(columns)))))
     cells = [
         _cell(
             entry(x.member.name, y.member.name), left + j * size, top + i * size, size, x.member.name == y.member.name

@@ -11,20 +11,18 @@ from typing import Any
 from lineage.transfer_measures import Readings, readings, retention_measure
 from lineage.transfer_records import (
     CONTRADICTED,
-    DEFAULT,
     NOT_TESTABLE,
     SUPPORTED,
     UNDECIDED,
     VERDICTS,
-    Cell,
     Hypothesis,
     PairPrediction,
     TransferResult,
     WorldFacts,
 )
 from reports.figures import Figure
-from reports.kin_matrix import Branch, Entry, branches, kin_matrix
-from reports.page import Page, Safe, footer, h, listing, panel, plot, section, visible
+from reports.kin_matrix import HALF, WHOLE, Branch, Entry, branches, kin_matrix
+from reports.page import Page, Safe, footer, h, listing, panel, plot, section
 from reports.transfer_figures import (
     effect_dots,
     pair_means,
@@ -34,10 +32,13 @@ from reports.transfer_figures import (
     shown_world,
     speed_curves,
 )
+from reports.transfer_pictures import pictures
+from reports.transfer_pictures import sheets as picture_files
 from reports.transfer_words import answer, findings
 from reports.wording import UNKNOWN, count, number, percent
 
 LISTED = 300
+SIDE_BY_SIDE = 18  # models up to which two matrices stand beside each other
 TONES = {SUPPORTED: "held", CONTRADICTED: "fell", UNDECIDED: "open", NOT_TESTABLE: "untested"}
 SCORE_HEADS = (
     "Of", "Figure", "Predictor", "Mean", "95 % interval", "Median", "p", "Share of halves", "Share of perfect",
@@ -89,12 +90,12 @@ def transfer_page(result: TransferResult) -> Page:
     """All sections; pictures come from files beside the result, which `build` embeds."""
     v = View(result)
     figures: dict[str, Figure] = {}
-    sheets = _sheets(v)
+    sheets = picture_files(result, v.world)
     body = (
         h("header", _eyebrow(result), h("h1", answer(result)), _findings(result), class_="top"),
         h(
             "main", _matrices(v), _scatters(v, figures), _scores(result, figures), _claims(result, figures),
-            _pictures(v, sheets), _speed(v, figures), _bars(result), _rest(result),
+            pictures(v.world, sheets), _speed(v, figures), _bars(result), _rest(result),
         ),
         h("dialog", h("p", h("b", id="large-name"), h("button", "Close", type="button", id="large-close")),
           h("img", alt="", id="large"), id="enlarged", aria_labelledby="large-name"),
@@ -145,8 +146,9 @@ def _matrices(v: View) -> Safe | None:
         ]
     grids = [_grid(title, rows, columns, values, foretold, name, ends) for title, values, name, ends in tables]
     by_target = [_target(v, t, rows, columns, foretold) for t in v.world.targets]
+    columns_of_panels = "two" if len(columns) <= SIDE_BY_SIDE else "one"
     said = h("p", id="square", class_="note", aria_live="polite", hidden=True)
-    return section("Where an adapter works", words, h("div", grids, class_="two"), by_target, said)
+    return section("Where an adapter works", words, h("div", grids, class_=columns_of_panels), by_target, said)
 
 
 def _mean(pairs: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
@@ -182,7 +184,12 @@ def _grid(
         words = f"{x} on {y}: {name} {value:.3f}.{said}"
         return Entry(scaled if low == 0 else max(0.0, scaled), f"{value:.2f}", words)
 
-    drawing = h("div", kin_matrix(rows, columns, entry, title), class_="wide", tabindex="0")
+    drawing = h(
+        "div",
+        kin_matrix(rows, columns, entry, title, HALF if len(columns) <= SIDE_BY_SIDE else WHOLE),
+        class_="wide",
+        tabindex="0",
+    )
     return panel(h("h3", title), drawing, h("p", f"Pale {number(low)}, full {number(high)}.", class_="note"))
 
 
@@ -262,64 +269,6 @@ def _claim(x: Hypothesis) -> Safe:
 
 def _span(low: float | None, high: float | None) -> str:
     return UNKNOWN if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
-
-
-Place = tuple[str, str | None, str]  # target, base, model
-
-
-def _sheets(v: View) -> dict[Place, Cell]:
-    """The picture of each place in the grids: default training, last checkpoint, first seed, the matrix's weight."""
-    d = v.result.design
-    best: dict[Place, tuple[tuple, Cell]] = {}
-    for c in v.result.cells:
-        plain = c.base is None or (c.network, c.setup) == (d.network, DEFAULT)
-        if v.world and c.world == v.world.name and c.samples and plain:
-            rank = (c.weight == d.weight, c.step, -c.seed)
-            place = (c.target, c.base, c.model)
-            if place not in best or rank > best[place][0]:
-                best[place] = rank, c
-    return {place: c for place, (_, c) in sorted(best.items(), key=lambda kv: str(kv[0]))}
-
-
-def _pictures(v: View, sheets: dict[Place, Cell]) -> Safe | None:
-    if v.world is None or not sheets:
-        return None
-    words = (
-        "Down: the model an adapter was trained on; across: the one it is applied to. The first row has no adapter. "
-        "Prompts and noise are the same in every square. Click a picture for a large one.",
-    )
-    grids = [
-        _picture_grid(v, target, sheets, i == 0) for i, target in enumerate(sorted({place[0] for place in sheets}))
-    ]
-    return section("Pictures", words, grids)
-
-
-def _picture_grid(v: View, target: str, sheets: dict[Place, Cell], first: bool) -> Safe:
-    places = [place for place in sheets if place[0] == target]
-    rows = v.axis({x for _, x, _ in places if x is not None})
-    columns = v.axis({y for _, _, y in places})
-    bases: list[str | None] = [None, *(b.member.name for b in rows)]
-    top = h(
-        "thead", h("tr", h("th", "trained on", scope="col"), [h("th", b.member.name, scope="col") for b in columns])
-    )
-    body = [
-        h("tr", h("th", "untouched" if x is None else x, scope="row"),
-          [h("td", _thumbnail(sheets.get((target, x, b.member.name)), x, b.member.name, target)) for b in columns])
-        for x in bases
-    ]  # fmt: skip
-    table = h("table", top, h("tbody", body), class_="grid")
-    box = h("div", table, class_="scroll pictures", tabindex="0", role="region", aria_label=f"Pictures of {target}")
-    kind = v.world.targets.get(target, "target") if v.world else "target"
-    return h("details", h("summary", f"{kind.capitalize()} {target}"), box, open=first)
-
-
-def _thumbnail(c: Cell | None, base: str | None, model: str, target: str) -> Safe | None:
-    if c is None or c.samples is None:
-        return None
-    name = (
-        f"{target}: {'no adapter' if base is None else f'trained on {base}'}, applied to {model}, weight {c.weight:g}"
-    )
-    return h("button", h("img", alt=name, data_picture=visible(c.samples)), type="button", class_="thumb")
 
 
 def _speed(v: View, figures: dict[str, Figure]) -> Safe | None:
