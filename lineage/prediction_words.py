@@ -10,6 +10,7 @@ MERGE, KIN, PERMUTED, OTHER_ROOT = "merge", "kin", "permuted", "other root"
 WORKS, WEAK, LOSES = "works", "weak", "loses this model's style"
 STRANGERS = (PERMUTED, OTHER_ROOT)
 MOST_NAMED = 3
+MOSTLY = 0.5  # of a style that comes through as a whole, in words
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _effect(base: str, model: str, relation: str, verdict: str, distance: float 
             f"training on {base} makes up for {_percent(1 - lacks)} of {model}'s style, and the trained one replaces it"
         )
     if relation == ANCESTOR:
-        return "its style comes through"
+        return "its style comes through" if lacks >= MOSTLY else f"{_percent(lacks)} of its style comes through"
     return f"near enough{apart}, and {_percent(lacks)} of {model}'s style comes through"
 
 

@@ -132,9 +132,10 @@ def test_a_folder_of_files_is_read_as_it_was_made(tmp_path):
 def test_reasons_are_sentences_about_the_tree(world):
     _, tree = world
     near = replace(THEORY, scale=10.0, loses=0.0)
-    assert (
-        predict_pair(tree, "AC", "NMFSAN", near).reason == "NMFSAN descends from AC through BP: its style comes through"
-    )
+    for base, way in (("AC", "AC through BP"), ("SD", "SD through AC, BP")):
+        p = predict_pair(tree, base, "NMFSAN", near)
+        share = "" if p.retention >= 0.5 else f"{100 * p.retention:.0f} % of "
+        assert p.reason == f"NMFSAN descends from {way}: {share}its style comes through"
     assert "tmp1 is a merge that holds 0.50 of BP" in predict_pair(tree, "BP", "tmp1").reason
     assert "both descend from NAI" in predict_pair(tree, "AOM", "Anything").reason
     assert "share no training" in predict_pair(tree, "AOM", "other").reason
