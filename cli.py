@@ -508,6 +508,60 @@ def report(run: Run, result: Path) -> None:
     run.say(f"Written: {page}")
 
 
+PICTURE = click.option(
+    "-o", "--output", "file", required=True, type=ADAPTER, metavar="FILE", help="The picture, a .png."
+)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=EXISTING)
+@click.option("--adapter", "adapters", multiple=True, metavar="FILE[:WEIGHT]", help="Put on the models; repeatable.")
+@click.option("--weights", metavar="W,W,...", help="Weights of every adapter, one after the other.")
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Also with (tag:1.2); repeatable.")
+@click.option("--negative", default="", help="What not to draw.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), help="Of the noise; repeatable.")
+@click.option("--grid", metavar="ROWSxCOLUMNS", help="Two of model, adapter, weight, step, prompt, seed.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Of DDIM.")
+@click.option("--guidance", default=7.0, show_default=True, help="How closely the prompt is followed.")
+@click.option("--size", type=click.IntRange(8), help="Side of a picture in pixels; default: the model's own.")
+@click.option("--clip-skip", default=1, show_default=True, type=click.IntRange(1, 12), help="1: the last layer.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--config", type=EXISTING, metavar="DIR", help="Configuration and tokenizer of a single file.")
+@PICTURE
+@_options(FORCE, VERBOSE, QUIET, DEVICE)
+def sample(run: Run, models: Sequence[Path], precision: str, file: Path, grid: str | None, **options: Any) -> None:
+    """Draw a labelled grid of pictures by MODELS, with adapters at their weights.
+
+    Prompt, seed and noise are the same in every cell that does not vary them. Several adapters are added up, unless
+    they stand along a side of the grid.
+    """
+    from lineage import results
+
+    if file.suffix.lower() != ".png":
+        raise click.UsageError(f"{file}: the name must end in .png.")
+    results.check_target(file.parent, [file.name], run.force)
+    with extras("sample"), run.progress() as progress:
+        from train.sample import Request
+        from train.sample import sample as draw
+
+        sides = tuple((grid or "").split("x"))
+        weights = [_number(w) for w in (options.pop("weights") or "").split(",") if w]
+        put = {Path(path): weight for path, weight in map(_weighted, options.pop("adapters"))}
+        request = Request(
+            tuple(models), adapters=put, weights=tuple(weights), grid=(sides[0], sides[-1]) if grid else None, **options
+        )
+        drawn = draw(request, device=run.device, precision=precision, progress=progress)
+    results.write_files(file.parent, {file.name: drawn}, run.force)
+    run.say(f"Written: {file}")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.UsageError(f"--weights: {text!r} is no number. Write them as 0,0.65,1.") from None
+
+
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(

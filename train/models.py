@@ -18,13 +18,15 @@ from torch import Tensor
 from lineage.checkpoint import Checkpoint, open_checkpoint
 from lineage.errors import FileError, LineageError
 from lineage.layouts import modern_clip
-from train import architectures
+from train import architectures, prompts
 from train.architectures import PARTS
 from train.config import ModelConfig
 from train.pipeline import quiet
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LATENT_CHANNELS = 4
+LATENTS = {"sd1": 64, "sd2": 96, "sdxl": 128}
+"""Along a side of the pictures that published models were trained on."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Base:
         """Pixels per latent, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the squares that the model was made for."""
+        return (self.unet.config.sample_size or LATENTS[self.architecture]) * self.shrink
+
     def arithmetic(self) -> AbstractContextManager[Any]:
         """The precision of forward passes: half where that was asked for; parameters that learn stay in float32."""
         half = self.precision != "fp32"
@@ -87,12 +94,28 @@ class Base:
     def encode_text(self, prompts: Sequence[str], clip_skip: int = 1) -> Text:
         """Text states, with gradient where the text encoders have one. clip_skip 1: the layer the model was made for,
         which is the last of SD1 (2: the one before it ...), and the last but one of SDXL."""
-        ids = [t.to(self.device) for t in self.tokens(prompts)]
-        found = [e(i, output_hidden_states=True) for e, i in zip(self.text_encoders, ids, strict=True)]
+        return self._encode(self.tokens(prompts), clip_skip)
+
+    def encode_prompts(self, written: Sequence[str], clip_skip: int = 1) -> Text:
+        """Text states of prompts with weights and of any length (train.prompts); pooled states are the first chunk's."""
+        found = [prompts.chunks(tokenizer, written) for tokenizer in self.tokenizers]
+        ids, weights = (list(zip(*each, strict=True)) for each in zip(*found, strict=True))
+        parts = [self._encode(i, clip_skip, w) for i, w in zip(ids, weights, strict=True)]
+        return Text(torch.cat([part.states for part in parts], 1), parts[0].pooled)
+
+    def _encode(self, ids: Sequence[Tensor], clip_skip: int, weights: Sequence[Tensor] | None = None) -> Text:
+        """Of token numbers (n, 77), and their weights, for each text encoder."""
+        found = [
+            e(i.to(self.device), output_hidden_states=True) for e, i in zip(self.text_encoders, ids, strict=True)
+        ]
         if self.architecture == "sdxl":
-            return Text(torch.cat([f.hidden_states[-1 - clip_skip] for f in found], -1), found[-1].text_embeds)
-        encoder = getattr(self.text_encoders[0], "text_model", self.text_encoders[0])  # transformers < 5 nests it
-        return Text(encoder.final_layer_norm(found[0].hidden_states[-clip_skip]))
+            states = [f.hidden_states[-1 - clip_skip] for f in found]
+        else:
+            encoder = getattr(self.text_encoders[0], "text_model", self.text_encoders[0])  # transformers < 5 nests it
+            states = [encoder.final_layer_norm(found[0].hidden_states[-clip_skip])]
+        if weights:
+            states = [prompts.weighted(z, w) for z, w in zip(states, weights, strict=True)]
+        return Text(torch.cat(states, -1), found[-1].text_embeds if self.architecture == "sdxl" else None)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Latents (n, 4, h, w) of pixels (n, 3, height, width) in [-1, 1]: means of the posterior, scaled."""
@@ -132,17 +155,20 @@ class Base:
         guidance: float = 7.0,
         size: tuple[int, int],
         clip_skip: int = 1,
+        stepped: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """One picture (3, height, width) in [0, 1] by DDIM; `size` (height, width) in pixels. The noise is drawn on the
-        CPU, so that a seed means the same on every device."""
+        """One picture (3, height, width) in [0, 1] by DDIM; prompts as in `encode_prompts`; `size` (height, width) in
+        pixels, a multiple of `shrink`; `stepped` is called after each step. The noise is drawn on the CPU, so that a
+        seed means the same on every device."""
         shape = (1, LATENT_CHANNELS, *(side // self.shrink for side in size))
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         self.schedule.set_timesteps(steps, device=self.device)
         with self.arithmetic():
-            text = self.encode_text([negative, prompt], clip_skip)
+            text = self.encode_prompts([negative, prompt], clip_skip)
             for t in self.schedule.timesteps:
                 without, with_prompt = self.predict(x.repeat(2, 1, 1, 1), t.expand(2), text).float().chunk(2)
                 x = self.schedule.step(without + guidance * (with_prompt - without), t, x).prev_sample
+                stepped()
         return self.decode(x)[0].cpu()
 
 
