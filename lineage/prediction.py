@@ -101,12 +101,16 @@ class FamilyTree:
 
     @cached_property
     def ways(self) -> nx.Graph:
-        """Models connected by training; one whose edges are not known hangs from its root."""
+        """Models connected by training; a part of a tree that hangs from nothing known hangs from its root, unless it
+        grew from a permuted copy."""
         graph = nx.Graph()
         graph.add_nodes_from(sorted(self.names))
         graph.add_edges_from((e.parent, e.child, {"confidence": e.confidence}) for e in self.edges if _kin(e))
-        told = {name for e in self.edges if e.relation != "component" for name in (e.parent, e.child)}
-        graph.add_edges_from((name, self.roots[name]) for name in sorted(set(self.names) - told))
+        copies = {e.child for e in self.edges if e.relation == "permuted"}
+        for part in list(nx.connected_components(graph)):
+            roots = {self.roots[name] for name in part & self.roots.keys()}
+            if not part & (roots | copies):
+                graph.add_edges_from((min(part), root) for root in roots)
         return graph
 
     @cached_property

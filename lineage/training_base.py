@@ -14,6 +14,7 @@ from lineage.hashing import short_hash
 from lineage.predict_result import CERTAIN, GUESS, LIKELY, UNKNOWN, TrainingBase
 
 CLOSE = 0.6  # likeness of two file names at which one may stand in for the other
+LONGEST = 200  # characters of a name that are looked at
 WHOLE, SHORT = 64, 8  # digits of a sha256, and of the web UI's old hash
 
 
@@ -63,7 +64,7 @@ def training_base(adapter: Item, models: Sequence[Candidate]) -> TrainingBase:
     """The base that `adapter` declares or, where no file here is it, the one that may stand in for it."""
     said = adapter.declared
     hashes = filter(None, map(_hash, (said.get("sha256"), said.get("short_hash"))))
-    claim = Claim(tuple(hashes), tuple(said[key] for key in ("name", "base_model") if said.get(key)))
+    claim = Claim(tuple(hashes), tuple(said[key][:LONGEST] for key in ("name", "base_model") if said.get(key)))
     return _by_hash(claim, models) or _by_name(claim, models) or _missing(claim, models)
 
 

@@ -172,6 +172,15 @@ def test_a_tree_whose_first_model_is_in_no_file_starts_at_its_centre(world):
     assert predict_pair(tree, "BP", "NAI").relation == "cousin"
 
 
+def test_parts_of_a_tree_without_a_known_way_are_kin_all_the_same():
+    points = {n: np.full(3, 0.01 * i) for i, n in enumerate("abcde")}
+    tree = tree_of(points, [edge("a", "b"), edge("c", "d")], dict.fromkeys("abcde", "a"))
+    for p in pairs(tree):
+        assert p.strength > 0
+        apart = not any({p.base, p.model} <= known for known in ({"a", "b"}, {"c", "d"}, {"e"}))
+        assert (p.confidence is None) == (p.relation == "kin") == apart
+
+
 def test_what_x_learned_alone_can_count_for_more(world):
     """Downstream to upstream is weaker then, and the way up and down of one edge is the same where it does not."""
     _, tree = world
