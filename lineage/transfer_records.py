@@ -143,7 +143,8 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Score:
-    """One predictor's score in one figure. Of worlds: mean, median, bootstrap interval of the mean, p of a mean of 0
+    """One predictor's score in one figure against one measure of one kind of target (both where empty: the design's
+    measure, every target). Of worlds: mean, median, bootstrap interval of the mean, p of a mean of 0
     (sign flips), `worlds` their values. figure: "tau", "centred", "regret" or "all pairs". of: "strength" or
     "retention". ceiling: what one half of the seeds says of the other; share: the predictor's mean score against such
     halves over that; strict_share: its score over what a perfect predictor would reach. Null: it cannot be known."""
@@ -161,6 +162,8 @@ class Score:
     strict_ceiling: float | None
     strict_share: float | None
     worlds: dict[str, float]
+    measure: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ class Bar:
 @dataclass(frozen=True)
 class Statistics:
     """All figures of the prediction. permutation: figure -> p of the strength predictor when models are exchanged
-    within their families, every world at once. partial: what the retention predictor explains beyond strength."""
+    within their families, every world at once. partial: what the retention predictor explains beyond strength.
+    apart: the prediction's tau for styles and characters apart, and against each other measure."""
 
     worlds: int
     cells: int
@@ -240,6 +244,7 @@ class Statistics:
     permutation: dict[str, float | None]
     false_positives: FalsePositives | None
     bars: tuple[Bar, ...]
+    apart: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True)

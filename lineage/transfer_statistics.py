@@ -8,7 +8,7 @@ strength ranks the bases alike. The diagonal and the controls are in none of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 
@@ -40,8 +40,9 @@ from lineage.rank_statistics import (
 )
 from lineage.requirements import requirements
 from lineage.transfer_controls import controls
-from lineage.transfer_measures import JUDGED, Array, Matrix, Readings, matrices, readings, retention_measure
+from lineage.transfer_measures import JUDGED, RETENTION, Array, Matrix, Readings, matrices, readings, retention_measure
 from lineage.transfer_records import (
+    KINDS,
     PREDICTED,
     Agreement,
     Cell,
@@ -105,7 +106,7 @@ def statistics(
     return Statistics(
         len({r.world for r in found.rows}), len(cells), halved, tuple(scores), tuple(comparisons), failing,
         tuple(_agreements(e)), _partial(e, kept), _permutations(e, permutations), rate,
-        tuple(requirements(scores, comparisons, failing, rate)),
+        tuple(requirements(scores, comparisons, failing, rate)), tuple(_apart(e)),
     )  # fmt: skip
 
 
@@ -145,15 +146,50 @@ def _replicates(cells: Sequence[Cell]) -> dict[tuple, int]:
 
 
 def _scores(e: Evidence, of: str, measure: str) -> Iterator[Score]:
+    """Every predictor in every figure."""
     measured = matrices(e.found, measure)
-    halves = [(_index(matrices(a, measure)), _index(matrices(b, measure))) for a, b in e.halves]
+    halves = _halved(e, measure)
     for figure, score in e.figures().items():
         ceiling = _ceiling(halves, score) if figure in ("tau", "centred") else None
         for name, predictor in predictors(e.found, e.predictions, of, measured).items():
-            worlds = world_means((m.world, score(m, m.values, predictor(m))) for m in measured)
-            if worlds:
-                half = _against_halves(halves, score, predictor) if ceiling is not None else None
-                yield _score(name, of, figure, worlds, ceiling, half)
+            found = _scored(name, of, figure, score, predictor, measured, halves, ceiling)
+            if found:
+                yield found
+
+
+def _apart(e: Evidence) -> Iterator[Score]:
+    """The prediction alone, for styles and characters apart, and against every other measure of the same thing."""
+    names = {name for r in e.found.main() for name in r.values}
+    cases = [("strength", m) for m in ("lift", JUDGED)] + [("retention", m) for m in RETENTION]
+    for of, measure in cases:
+        measured, halves = matrices(e.found, measure), _halved(e, measure)
+        for kind in ("", *KINDS) if measure in names else ():
+            part = [m for m in measured if kind in ("", m.kind)]
+            both = [tuple(_only(half, kind) for half in pair) for pair in halves]
+            score = e.figures()["tau"]
+            found = _scored(PREDICTED, of, "tau", score, foretold(e.predictions, of), part, both, _ceiling(both, score))
+            if found:
+                yield replace(found, measure=measure, kind=kind)
+
+
+def _only(half: Index, kind: str) -> Index:
+    return {key: m for key, m in half.items() if kind in ("", m.kind)}
+
+
+def _halved(e: Evidence, measure: str) -> list[tuple[Index, ...]]:
+    return [tuple(_index(matrices(half, measure)) for half in pair) for pair in e.halves]
+
+
+def _scored(
+    name: str, of: str, figure: str, score: Figure, predictor: Predictor, measured: Sequence[Matrix],
+    halves: Sequence[tuple[Index, ...]], ceiling: float | None,
+) -> Score | None:  # fmt: skip
+    """The score over worlds; None without a world."""
+    worlds = world_means((m.world, score(m, m.values, predictor(m))) for m in measured)
+    if not worlds:
+        return None
+    half = _against_halves(halves, score, predictor) if ceiling is not None else None
+    return _score(name, of, figure, worlds, ceiling, half)
 
 
 Index = dict[tuple[str, str], Matrix]
@@ -163,7 +199,7 @@ def _index(found: Sequence[Matrix]) -> Index:
     return {(m.world, m.target): m for m in found}
 
 
-def _ceiling(halves: Sequence[tuple[Index, Index]], score: Figure) -> float | None:
+def _ceiling(halves: Sequence[tuple[Index, ...]], score: Figure) -> float | None:
     """What one half of the seeds, as a predictor, would score against the other; mean over worlds."""
     pairs = ((key[0], _shared(a[key], b[key], score)) for a, b in halves for key in sorted(a.keys() & b.keys()))
     worlds = world_means(iter(pairs))
@@ -175,7 +211,7 @@ def _shared(a: Matrix, b: Matrix, score: Figure) -> float:
     return score(a, a.values, a.filled(lambda x, y: at.get((x, y), np.nan)))
 
 
-def _against_halves(halves: Sequence[tuple[Index, Index]], score: Figure, predictor: Predictor) -> float | None:
+def _against_halves(halves: Sequence[tuple[Index, ...]], score: Figure, predictor: Predictor) -> float | None:
     each = ((m.world, score(m, m.values, predictor(m))) for ab in halves for half in ab for m in half.values())
     worlds = world_means(iter(each))
     return fmean(worlds.values()) if worlds else None

@@ -40,6 +40,7 @@ from reports.wording import UNKNOWN, count, number, percent
 LISTED = 300
 SIDE_BY_SIDE = 18  # models up to which two matrices stand beside each other
 TONES = {SUPPORTED: "held", CONTRADICTED: "fell", UNDECIDED: "open", NOT_TESTABLE: "untested"}
+APART_HEADS = ("Of", "Measured by", "Targets", "tau", "95 % interval", "Share of halves", "Share of perfect", "Worlds")
 SCORE_HEADS = (
     "Of", "Figure", "Predictor", "Mean", "95 % interval", "Median", "p", "Share of halves", "Share of perfect",
 )  # fmt: skip
@@ -300,11 +301,20 @@ def _bars(result: TransferResult) -> Safe:
         h("h2", "Requirements, controls, judges"),
         h("p", "What the prediction must reach, what must fail, and how far the judges agree.", class_="words"),
         listing(("Requirement", "Found", "Wanted", "Met"), bars),
+        _fold("Styles and characters, losses and judges apart", _apart_rows(result), APART_HEADS),
         _fold("Controls", controls, ("Control", "Lift", "95 % interval", "True pairs", "Verdict")),
         _fold("Agreement of judges and losses", agreements, ("Of", "One", "Other", "Spearman", "Worlds")),
         _fold("All scores", _score_rows(result), SCORE_HEADS),
         class_="loose",
     )  # fmt: skip
+
+
+def _apart_rows(result: TransferResult) -> list[tuple[Any, ...]]:
+    return [
+        (s.of, s.measure, f"{s.kind}s" if s.kind else "all", f"{s.mean:.3f}", _span(s.low, s.high), percent(s.share),
+         percent(s.strict_share), number(len(s.worlds)))
+        for s in result.statistics.apart
+    ]  # fmt: skip
 
 
 def _score_rows(result: TransferResult) -> list[tuple[Any, ...]]:

@@ -215,6 +215,17 @@ def test_a_good_prediction_is_found_good(result):
     assert result.statistics.partial.mean > 0.2
 
 
+def test_kinds_and_measures_stand_apart(result):
+    apart = {(s.of, s.measure, s.kind): s for s in result.statistics.apart}
+    assert len(apart) == 12
+    assert apart["strength", "lift", ""].worlds == score(result, "tau").worlds
+    assert apart["strength", "lift", ""].ceiling == score(result, "tau").ceiling
+    for w, value in apart["strength", "lift", ""].worlds.items():
+        parts = [apart["strength", "lift", kind].worlds[w] for kind in ("style", "style", "character")]
+        assert value == pytest.approx(np.mean(parts))  # two styles, one character
+    assert apart["strength", "judge", ""].mean > 0.5
+
+
 def test_controls_fail_and_true_pairs_do_not(result):
     found = {c.name: c for c in result.statistics.controls}
     assert len(found) == 3
