@@ -180,7 +180,9 @@ def effect_dots(hypotheses: Iterable[Hypothesis]) -> Figure:
     """Claims that could be measured, largest effect on top, coloured by verdict; right of zero is as claimed."""
     rows = sorted((h for h in hypotheses if h.effect is not None), key=lambda h: -(h.effect or 0))
     dots = _interval_dots(
-        [(h.claim, h.effect or 0, h.low, h.high) for h in rows], [VERDICT_COLOURS[h.verdict] for h in rows], "effect"
+        [(h.claim, h.effect or 0, h.low, h.high) for h in rows],
+        [VERDICT_COLOURS.get(h.verdict, "@null") for h in rows],
+        "effect",
     )
     layout = {
         "yaxis": {**rows_axis([h.key for h in rows], 24), "zeroline": False},
