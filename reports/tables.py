@@ -244,11 +244,10 @@ def _forecasts(found: PredictResult, verbosity: int) -> Table:
     depth = {m.name: m.depth for m in found.models}
     shown = found.forecasts if verbosity > 0 else found.forecasts[:MODELS_SHOWN]
     title = f"{len(shown)} of {len(depth)} models, -v shows all" if len(shown) < len(depth) else ""
-    made = table("model", "verdict", ">strength", ">own style", "why", title=title)
+    made = table("model", "verdict", ">strength", ">own style", ">sure", "why", title=title)
     for f in shown:
-        made.add_row(
-            plain("  " * depth[f.model] + f.model), f.verdict, _share(f.strength), _share(f.retention), plain(f.reason)
-        )
+        shares = map(_share, (f.strength, f.retention, f.confidence))
+        made.add_row(plain("  " * depth[f.model] + f.model), plain(f.verdict), *shares, plain(f.reason))
     return made
 
 

@@ -233,6 +233,7 @@ def test_the_command_line(call, models, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"result.json", "report.html"}
     found = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
     assert to_json(restore(PredictResult, found)) == found
+    assert all(f["model"] in out and f["verdict"] in out for f in found["forecasts"])
     forms = [("--targets", "second", "sibling", models), ("--target", "second", "--target", "sibling", models)]
     said = [call("predict", *form) for form in forms]
     assert said[0][:2] == said[1][:2]
