@@ -11,6 +11,7 @@ from lineage.cluster_result import ClusterResult
 from lineage.errors import LineageError
 from lineage.extract_result import AdapterResult
 from lineage.predict_result import PredictResult
+from lineage.rank_records import RankClaimResult
 from lineage.records import restore
 from lineage.results import MergeResult, SvdResult
 from lineage.transfer_records import TransferResult
@@ -20,6 +21,7 @@ from reports.embedding import embedded
 from reports.merge_page import merge_page
 from reports.page import Page, assemble, visible
 from reports.predict_page import predict_page
+from reports.rank_page import rank_page
 from reports.rates_page import rates_page
 from reports.svd_page import svd_page
 from reports.transfer_page import transfer_page
@@ -31,6 +33,7 @@ PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "cluster": (ClusterResult, cluster_page),
     "adapter": (AdapterResult, adapter_page),
     "predict": (PredictResult, predict_page),
+    "rank_claim": (RankClaimResult, rank_page),
     "rates": (RatesResult, rates_page),
     "transfer": (TransferResult, transfer_page),
 }

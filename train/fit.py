@@ -137,12 +137,21 @@ def decoded(vae: Any, images: Tensor) -> Tensor:
     return torch.cat([vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1)
 
 
-def fit_denoiser(pipeline: Pipeline, pictures: Sequence[Picture], plan: Plan, seed: int) -> Iterator[Step]:
-    """Epsilon prediction on cached latents; UNet and text encoder learn, the autoencoder does not."""
+def fit_denoiser(
+    pipeline: Pipeline,
+    pictures: Sequence[Picture],
+    plan: Plan,
+    seed: int,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Iterator[Step]:
+    """Epsilon prediction on cached latents; UNet and text encoder learn, the autoencoder does not.
+
+    parameters: what learns instead, such as a network's on the frozen models."""
     latents = encode_latents(pipeline.vae, pixels(pictures))
     generator = torch.Generator().manual_seed(seed)
-    parameters = dict(pipeline.unet.named_parameters(prefix="unet"))
-    parameters |= dict(pipeline.text_encoder.named_parameters(prefix="text_encoder"))
+    if parameters is None:
+        parameters = dict(pipeline.unet.named_parameters(prefix="unet"))
+        parameters |= dict(pipeline.text_encoder.named_parameters(prefix="text_encoder"))
 
     def loss() -> Tensor:
         chosen = torch.randint(len(pictures), (plan.batch,), generator=generator)
