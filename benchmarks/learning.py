@@ -29,7 +29,7 @@ from train.sample import grid
 from train.topology import World
 
 DATA = Path(__file__).parent / "data" / "worlds"
-RATES = {"loha": 2e-2, "locon": 5e-3, "lora": 5e-3}
+RATES = {"loha": 2e-2, "locon": 1e-2, "lora": 1e-2}
 FULL = 5e-4
 BATCH, DRAWS = 16, 8
 
