@@ -15,6 +15,7 @@ from statistics import fmean
 import numpy as np
 
 from lineage.contrasts import frame
+from lineage.halving import Halves, halves
 from lineage.predictors import (
     Members,
     Places,
@@ -59,7 +60,6 @@ from lineage.verdicts import ALPHA, table_false_positives
 Progress = Callable[[int, int, str], None]
 Figure = Callable[[Matrix, Array, Array], float]  # shape, measured, predicted -> score of one matrix
 SEED = 0
-SPLITS = 10
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Evidence:
     found: Readings
     predictions: tuple[PairPrediction, ...]
     members: Members
-    halves: tuple[tuple[Readings, Readings], ...]
+    halves: Halves
     halved: str
 
     def figures(self) -> dict[str, Figure]:
@@ -96,8 +96,8 @@ def statistics(
 
     LineageError where a cell names a world or model that `worlds` lacks."""
     found = readings(cells, worlds, design)
-    halves, halved = _halves(cells, worlds, design)
-    e = Evidence(found, tuple(predictions), found.members(), halves, halved)
+    parts, halved = halves(cells, worlds, design)
+    e = Evidence(found, tuple(predictions), found.members(), parts, halved)
     strength, kept = "lift", retention_measure(found)
     scores = [*_scores(e, "strength", strength), *(_scores(e, "retention", kept) if kept else [])]
     comparisons = [*_comparisons(scores)]
@@ -108,41 +108,6 @@ def statistics(
         tuple(_agreements(e)), _partial(e, kept), _permutations(e, permutations), rate,
         tuple(requirements(scores, comparisons, failing, rate)), tuple(_apart(e)),
     )  # fmt: skip
-
-
-def _halves(
-    cells: Sequence[Cell], worlds: Sequence[WorldFacts], design: Design
-) -> tuple[tuple[tuple[Readings, Readings], ...], str]:
-    """Adapters of one base are numbered by their seed, which need not be another base's; else batches are halved."""
-    place = _replicates(cells)
-    trained = [c for c in cells if c.base is not None]
-    n = max((place[_adapter(c), c.seed] for c in trained), default=0) + 1
-    if n >= 2:
-        splits = [set(s) for s in combinations(range(n), n // 2) if n % 2 or 0 in s][:SPLITS]
-
-        def part(chosen: set[int], inside: bool) -> list[Cell]:
-            return [c for c in cells if c.base is None or (place[_adapter(c), c.seed] in chosen) == inside]
-
-        return tuple(
-            (readings(part(s, True), worlds, design), readings(part(s, False), worlds, design)) for s in splits
-        ), f"halves of {n} seeds"
-    if trained and all(len(c.losses) > 1 for c in trained):
-        odd, even = (lambda c, i=i: fmean(c.losses[i::2] or [c.loss]) for i in (0, 1))
-        return (
-            (readings(cells, worlds, design, odd), readings(cells, worlds, design, even)),
-        ), "halves of the held-out batches"
-    return (), "nothing: one seed, and no losses by batch"
-
-
-def _adapter(c: Cell) -> tuple:
-    return c.world, c.target, c.base, c.network, c.setup
-
-
-def _replicates(cells: Sequence[Cell]) -> dict[tuple, int]:
-    seeds: dict[tuple, set[int]] = {}
-    for c in cells:
-        seeds.setdefault(_adapter(c), set()).add(c.seed)
-    return {(adapter, s): i for adapter, found in seeds.items() for i, s in enumerate(sorted(found))}
 
 
 def _scores(e: Evidence, of: str, measure: str) -> Iterator[Score]:
@@ -277,8 +242,10 @@ def _partial(e: Evidence, kept: str | None) -> Score | None:
     predictor = foretold(e.predictions, "retention")
 
     def beyond(m: Matrix) -> float:
-        score = lambda m, a, b: partial_correlation(a, predictor(m), b, within(m, e.members))  # noqa: E731
-        return _shared(m, strength[m.world, m.target], score)
+        return _shared(
+            m, strength[m.world, m.target],
+            lambda m, kept, lift: partial_correlation(kept, predictor(m), lift, within(m, e.members)),
+        )  # fmt: skip
 
     measured = [m for m in matrices(e.found, kept) if (m.world, m.target) in strength]
     worlds = world_means((m.world, beyond(m)) for m in measured)

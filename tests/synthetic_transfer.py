@@ -85,7 +85,7 @@ def draw(plan: Plan = Plan(), seed: int = 0, names: dict[str, str] | None = None
 def _facts(name: str, targets: dict[str, str], names: dict[str, str]) -> WorldFacts:
     def member(role: str) -> Member:
         family, parents, relation, use = ROLES[role]
-        root = {"other-root": "other-root", "permuted": "permuted"}.get(role, "vanilla")
+        root = "other-root" if role == "other-root" else "vanilla"
         ps = tuple(names.get(p, p) for p in parents)
         return Member(
             names.get(role, role), role, names.get(root, root), family, ps, relation, use, (f"style of {role}",)

@@ -16,7 +16,7 @@ from synthetic_transfer import Drawn, Plan, draw, transfer_result
 
 from lineage.errors import LineageError
 from lineage.exports import cells_csv, exports
-from lineage.predictors import CONSTANT, LOSS_OF_MODEL
+from lineage.predictors import CONSTANT, LOSS_OF_MODEL, within
 from lineage.records import restore
 from lineage.results import dumps, to_json
 from lineage.transfer_measures import Readings, matrices, readings
@@ -113,6 +113,11 @@ def test_checkpoints_are_told_from_the_last():
     assert [(r.early, r.final) for r in rows if r.base == "X"] == [(False, True)]
 
 
+def test_a_model_on_itself_is_not_in_the_matrix():
+    found = read(cell("X", "X", 0.25, weight=0.65), cell("X", "Y", 0.45))
+    assert [(r.base, r.model) for r in found.main()] == [("X", "Y")]
+
+
 def test_cells_of_another_experiment_are_refused():
     with pytest.raises(LineageError, match="no model 'Z'"):
         read(cell("Z", "Y", 0.4))
@@ -174,6 +179,18 @@ def test_the_hash_of_predictions_knows_values_but_no_order(drawn):
     ps = list(drawn.predictions)
     assert predictions_hash(ps) == predictions_hash(ps[::-1])
     assert predictions_hash(ps) != predictions_hash([replace(ps[0], strength=ps[0].strength + 1e-9), *ps[1:]])
+
+
+def test_figures_count_pairs_of_one_root_without_controls(drawn):
+    found = readings(drawn.cells, drawn.worlds, drawn.design)
+    m, members = matrices(found, "lift")[0], found.members()
+    mask = within(m, members)
+    for i, x in enumerate(m.bases):
+        for j, y in enumerate(m.models):
+            a, b = members[m.world, x], members[m.world, y]
+            assert mask[i, j] == (x != y and a.root == b.root and a.use != "control" != b.use)
+    assert "permuted" in m.bases
+    assert mask.sum() == 10 * 12 - 10
 
 
 def test_tau_by_hand(result, drawn):

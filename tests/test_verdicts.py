@@ -137,6 +137,16 @@ def test_no_difference_is_a_claim_too(difference, verdict):
     assert h.verdict == verdict
 
 
+def test_beyond_is_a_difference_of_differences():
+    """Up over down, less down over up: twice the effect."""
+    up = replace(CHAIN[0], measures=("lift",))
+    twice = replace(up, beyond=(up.b, up.a))
+    found = hypotheses(with_values({"lift": 0.1}), [up, twice])
+    assert found[1].effect == pytest.approx(2 * (found[0].effect or 0))
+    none = replace(up, beyond=(up.a, up.b))
+    assert hypotheses(with_values({"lift": 0.1}), [none])[0].effect == pytest.approx(0)
+
+
 @pytest.mark.parametrize("claim", [c for c in CLAIMS if not c.needs], ids=lambda c: c.key)
 def test_a_contrast_is_the_loop_it_stands_for(claim):
     """Oracle: plain loops over the readings."""
