@@ -521,15 +521,24 @@ PICTURE = click.option(
 @click.option("--negative", default="", help="What not to draw.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0,), help="Of the noise; repeatable.")
 @click.option("--grid", metavar="ROWSxCOLUMNS", help="Two of model, adapter, weight, step, prompt, seed.")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Of DDIM.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1, 1000), help="Of DDIM.")
 @click.option("--guidance", default=7.0, show_default=True, help="How closely the prompt is followed.")
-@click.option("--size", type=click.IntRange(8), help="Side of a picture in pixels; default: the model's own.")
+@click.option("--width", type=click.IntRange(8), help="Of a picture in pixels; default: the model's own.")
+@click.option("--height", type=click.IntRange(8), help="The same.")
 @click.option("--clip-skip", default=1, show_default=True, type=click.IntRange(1, 12), help="1: the last layer.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option("--embedding", "embeddings", multiple=True, type=EXISTING, metavar="FILE", help="A new word; repeatable.")
 @click.option("--config", type=EXISTING, metavar="DIR", help="Configuration and tokenizer of a single file.")
+@click.option(
+    "--prediction",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "epsilon", "v_prediction"]),
+    help="auto: what the model's markers say.",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @PICTURE
 @_options(FORCE, VERBOSE, QUIET, DEVICE)
-def sample(run: Run, models: Sequence[Path], precision: str, file: Path, grid: str | None, **options: Any) -> None:
+def sample(run: Run, adapters: Sequence[str], precision: str, file: Path, **options: Any) -> None:
     """Draw a labelled grid of pictures by MODELS, with adapters at their weights.
 
     Prompt, seed and noise are the same in every cell that does not vary them. Several adapters are added up, unless
@@ -540,18 +549,14 @@ def sample(run: Run, models: Sequence[Path], precision: str, file: Path, grid: s
     if file.suffix.lower() != ".png":
         raise click.UsageError(f"{file}: the name must end in .png.")
     results.check_target(file.parent, [file.name], run.force)
+    options["weights"] = [_number(w) for w in (options["weights"] or "").split(",") if w.strip()]
+    options["grid"] = _sides(options["grid"])
     with extras("sample"), run.progress() as progress:
-        from train.sample import Request
-        from train.sample import sample as draw
+        from train.sample import Request, draw_grid
 
-        sides = tuple((grid or "").split("x"))
-        weights = [_number(w) for w in (options.pop("weights") or "").split(",") if w]
-        put = {Path(path): weight for path, weight in map(_weighted, options.pop("adapters"))}
-        request = Request(
-            tuple(models), adapters=put, weights=tuple(weights), grid=(sides[0], sides[-1]) if grid else None, **options
-        )
-        drawn = draw(request, device=run.device, precision=precision, progress=progress)
-    results.write_files(file.parent, {file.name: drawn}, run.force)
+        request = Request(adapters=[(Path(path), weight) for path, weight in map(_weighted, adapters)], **options)
+        drawn = draw_grid(request, device=run.device, precision=precision, progress=progress)
+    results.write_files(file.parent, {file.name: drawn.png()}, run.force)
     run.say(f"Written: {file}")
 
 
@@ -560,6 +565,15 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise click.UsageError(f"--weights: {text!r} is no number. Write them as 0,0.65,1.") from None
+
+
+def _sides(text: str | None) -> tuple[str, str] | None:
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) != 2:
+        raise click.UsageError(f"--grid {text}: write rows and columns as modelxprompt.")
+    return sides[0], sides[1]
 
 
 @cli.command()

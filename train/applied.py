@@ -31,7 +31,7 @@ class Applied:
         specs = canonical({name: (tuple(p.shape), p.dtype) for name, p in own.items()})
         sums: dict[str, Tensor] = {}
         for adapter, weight in adapters:
-            for name, factors in _bound(adapter, specs).items():
+            for name, factors in bound(adapter, specs).items():
                 stored = specs[name].stored
                 total = sums.get(stored)
                 sums[stored] = _added(own[stored].detach() if total is None else total, factors, weight)
@@ -56,14 +56,14 @@ class Applied:
         self.remove()
 
 
-def _bound(adapter: Path | Adapter, specs: Mapping[str, Param]) -> dict[str, Factors]:
-    """Canonical name -> factors; LineageError where any of them has no place in the model."""
+def bound(adapter: Path | Adapter, specs: Mapping[str, Param]) -> dict[str, Factors]:
+    """Canonical name -> factors, by the model's `specs` alone; LineageError where any of them has no place in it."""
     opened = open_adapter(adapter) if isinstance(adapter, Path) else adapter
-    bound, unmatched = bind(opened, specs)
+    found, unmatched = bind(opened, specs)
     if unmatched:
         first = unmatched[0]
         raise LineageError(f"{opened.path}: {first['name']}: {first['reason']}. Was it made for another architecture?")
-    return bound
+    return found
 
 
 def _added(weight: Tensor, factors: Factors, strength: float) -> Tensor:

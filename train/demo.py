@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import lineage
 from lineage.recipe import parse
 from lineage.results import write_files
-from train import lessons, pictures, pipeline, showcase, topology, world
+from train import lessons, pictures, showcase, topology, world
 from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from train.topology import Merge, Model, World
 
 Progress = Callable[[int, int, str], None]
@@ -121,20 +118,15 @@ def lesson(plan: World, folder: Path, base: Model, style: str, steps: int) -> Co
 
 def _weights(plan: World, folder: Path, base: Model, style: str, file: Path) -> bytes:
     """PNG: equal prompts and noise at each weight, and what the style itself draws."""
-    from train.applied import Applied
-    from train.sample import grid
+    from train.sample import Request, draw_grid
+    from train.sheet import grid, png
 
-    tuned = pipeline.load(world.model_file(folder, base.name))
     shown = pictures.gallery([style], 6, plan.seed, "shown")
-    prompts = [p.caption for p in shown]
-    cells: list[list[Image.Image]] = []
-    for weight in WEIGHTS:
-        with Applied(tuned.unet, [tuned.text_encoder], [(file, weight)]):
-            cells.append(pipeline.sample(tuned, prompts, plan.seed))
-    png = io.BytesIO()
-    rows = [*(f"weight {weight:g}" for weight in WEIGHTS), "the style itself"]
-    grid(rows, prompts, [*cells, [p.image for p in shown]]).save(png, "PNG")
-    return png.getvalue()
+    model, prompts = world.model_file(folder, base.name), [p.caption for p in shown]
+    asked = Request([model], prompts, [(file, 1.0)], WEIGHTS, [plan.seed], guidance=4.0, grid=("weight", "prompt"))
+    drawn = draw_grid(asked, device="cpu")
+    rows = [*drawn.rows, "the style itself"]
+    return png(grid(rows, drawn.columns, [*drawn.cells, [p.image for p in shown]], drawn.title))
 
 
 def _once(file: Path, make: Callable[[], bytes]) -> Path:

@@ -7,7 +7,6 @@ complete; so a run that was stopped or killed ends, on the CPU, with the same bi
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from train.metadata import base_hashes, metadata
 from train.models import DTYPES, Base, Text, open_base
 from train.networks import Network
 from train.runs import RunFolder
+from train.sheet import image, png
 
 Progress = Callable[[int, int, str], None]
 
@@ -231,7 +231,7 @@ class Training:
                     clip_skip=self.config.data.clip_skip,
                 )
                 file = folder.sample(self.step, i, seed)
-                write_files(file.parent, {file.name: png(picture)}, force=True)
+                write_files(file.parent, {file.name: png(image(picture))}, force=True)
 
     def save(self, folder: RunFolder, step: int | None) -> None:
         """The adapter and the words beside it, as of now; `step` None: the final ones."""
@@ -256,16 +256,6 @@ def denoising_errors(
     with base.arithmetic():
         said = base.predict(base.schedule.add_noise(latents, noise, t), t, text, sizes)
     return (said.float() - base.target(latents, noise, t)).square().mean((1, 2, 3))
-
-
-def png(picture: Tensor) -> bytes:
-    """A PNG file of a picture (3, height, width) in [0, 1]."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    pixels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8)
-    Image.fromarray(pixels.numpy()).save(file, "PNG")
-    return file.getvalue()
 
 
 def _checkpoint(base: Base) -> None:

@@ -97,7 +97,7 @@ class Base:
         return self._encode(self.tokens(prompts), clip_skip)
 
     def encode_prompts(self, written: Sequence[str], clip_skip: int = 1) -> Text:
-        """Text states of prompts with weights and of any length (train.prompts); pooled states are the first chunk's."""
+        """Text states of prompts with weights, of any length (train.prompts); pooled states are the first chunk's."""
         found = [prompts.chunks(tokenizer, written) for tokenizer in self.tokenizers]
         ids, weights = (list(zip(*each, strict=True)) for each in zip(*found, strict=True))
         parts = [self._encode(i, clip_skip, w) for i, w in zip(ids, weights, strict=True)]
@@ -105,9 +105,9 @@ class Base:
 
     def _encode(self, ids: Sequence[Tensor], clip_skip: int, weights: Sequence[Tensor] | None = None) -> Text:
         """Of token numbers (n, 77), and their weights, for each text encoder."""
-        found = [
-            e(i.to(self.device), output_hidden_states=True) for e, i in zip(self.text_encoders, ids, strict=True)
-        ]
+        found = [e(i.to(self.device), output_hidden_states=True) for e, i in zip(self.text_encoders, ids, strict=True)]
+        if clip_skip >= (depth := min(len(f.hidden_states) for f in found)):
+            raise LineageError(f"{self.path}: clip skip {clip_skip}, but its text encoder has {depth - 1} layers.")
         if self.architecture == "sdxl":
             states = [f.hidden_states[-1 - clip_skip] for f in found]
         else:
@@ -180,7 +180,7 @@ def open_base(config: ModelConfig, *, device: str | torch.device = "cpu", precis
     tells the tokenizer or what an SD2 predicts."""
     folders = _folders(config)
     with open_checkpoint(config.base) as checkpoint:
-        architecture = _architecture(checkpoint)
+        architecture = architecture_of(checkpoint)
         parts = {
             part: _part(
                 part, checkpoint, architecture, folders, device, torch.float32 if part == "vae" else DTYPES[precision]
@@ -202,7 +202,7 @@ def skeleton(config: ModelConfig, precision: str = "fp32") -> tuple[str, dict[st
     values that mean nothing. LineageError where it is no model to be trained."""
     folders = _folders(config)
     with open_checkpoint(config.base) as checkpoint:
-        architecture = _architecture(checkpoint)
+        architecture = architecture_of(checkpoint)
     parts: dict[str, Any] = {}
     for part in PARTS[architecture]:
         with quiet(), torch.device("meta"):
@@ -226,10 +226,11 @@ def _folders(config: ModelConfig) -> list[Path]:
     return [folder for folder in found if folder and folder.is_dir()]
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
+def architecture_of(checkpoint: Checkpoint) -> str:
+    """sd1, sd2 or sdxl, by the header; FileError where it is no model to be trained or drawn with."""
     found = checkpoint.architecture
     if found not in PARTS:
-        raise FileError(checkpoint.path, f"is {found}: only SD1.x, SD2.x and SDXL can be trained on.")
+        raise FileError(checkpoint.path, f"is {found}: only SD1.x, SD2.x and SDXL can be trained on or drawn with.")
     channels = checkpoint.specs["unet.conv_in.weight"].shape[1]
     if channels != LATENT_CHANNELS:
         raise FileError(
@@ -343,6 +344,6 @@ def _prediction(config: ModelConfig, checkpoint: Checkpoint, architecture: str, 
     if found is None and architecture == "sd2":
         raise LineageError(
             f"{checkpoint.path}: nothing says whether this SD2 predicts noise (512 px models) or v (768 px models). "
-            'Set model.prediction = "epsilon" or "v_prediction".'
+            "Set model.prediction (lineage sample: --prediction) to epsilon or v_prediction."
         )
     return "v_prediction" if str(found).startswith("v") else "epsilon"

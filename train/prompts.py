@@ -1,9 +1,9 @@
 """Prompts with weights, in the notation of the web UI, and their text states.
 
-(tag) counts 1.1 times, (tag:1.3) 1.3 times, [tag] 1 / 1.1 times; brackets nest and multiply, what is not closed lasts to
-the end, and a backslash before a bracket makes it plain. Weights multiply the states of their tokens, then all states
-are scaled so that their mean is what it was. Prompts longer than 75 tokens are encoded in chunks; a chunk ends at a
-comma among its last 20 tokens, if there is one, and at the word BREAK.
+(tag) counts 1.1 times, (tag:1.3) 1.3 times, [tag] 1 / 1.1 times; brackets nest and multiply, what is not closed lasts
+to the end, and a backslash before a bracket makes it plain. Weights multiply the states of their tokens, then all
+states are scaled so that their mean is what it was. Prompts longer than 75 tokens are encoded in chunks; a chunk ends
+at a comma among its last 20 tokens, if there is one, and at the word BREAK.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ STEP = 1.1
 CHUNK, BACK = 75, 20
 _PARTS = re.compile(r"\\[()\[\]\\]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[:\\]")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
+
+CENTRED = 0.01
+"""Of the standard deviation: a smaller mean says nothing."""
 
 Weighted = list[tuple[int, float]]
 """Token numbers, each with its weight."""
@@ -118,10 +121,12 @@ def _row(tokenizer: Any, part: Weighted) -> tuple[list[int], list[float]]:
 
 
 def weighted(states: Tensor, weights: Tensor) -> Tensor:
-    """States (n, tokens, width) times the weights (n, tokens) of their tokens, their mean restored for each prompt."""
+    """States (n, tokens, width) times the weights (n, tokens) of their tokens, their mean restored for each prompt; not
+    where that mean is next to nothing beside the states, so that the quotient of two means would be noise."""
     weights = weights.to(states.device)
     if bool((weights == 1).all()):
         return states
     scaled = states.float() * weights[..., None]
     mean, now = (z.mean((1, 2), keepdim=True) for z in (states.float(), scaled))
-    return (scaled * (mean / now)).to(states.dtype)
+    told = torch.minimum(mean.abs(), now.abs()) > CENTRED * scaled.std((1, 2), keepdim=True)
+    return torch.where(told, scaled * (mean / now), scaled).to(states.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from train import pictures, pipeline
 from train.fit import pixels
 from train.judge import Judge, Kind, fit
 from train.pictures import Picture
-from train.sample import grid
+from train.sheet import grid, png
 from train.topology import Model, World
 from train.world import model_file
 
@@ -49,9 +48,7 @@ def sheet(world: World, folder: Path, names: Sequence[str] = ()) -> bytes:
     prompts = [p.caption for p in shown]
     names = names or [m.name for m in world.models]
     cells = [pipeline.sample(pipeline.load(model_file(folder, name)), prompts, world.seed) for name in names]
-    png = io.BytesIO()
-    grid([*names, "the style itself"], prompts, [*cells, [p.image for p in shown]]).save(png, "PNG")
-    return png.getvalue()
+    return png(grid([*names, "the style itself"], prompts, [*cells, [p.image for p in shown]]))
 
 
 def show(world: World, folder: Path, progress: Progress | None = None) -> Accuracy:
