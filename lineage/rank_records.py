@@ -97,7 +97,7 @@ class RankClaimResult:
 
 def answer(pairs: Sequence[RankPair]) -> str:
     """What was found, in three sentences."""
-    return " ".join((_enough(pairs), _energy(pairs), _directly(pairs)))
+    return " ".join(filter(None, (_enough(pairs), _energy(pairs), _directly(pairs))))
 
 
 def _enough(pairs: Sequence[RankPair]) -> str:
