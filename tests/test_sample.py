@@ -227,7 +227,7 @@ def pixels(found: Drawn) -> np.ndarray:
 def test_weight_zero_draws_the_model_itself_and_rows_are_weights(base_file: Path, adapters: list[Path]):
     found = drawn(base_file, adapters=[(adapters[0], 1.0)], weights=[0.0, 1.0])
     assert (found.rows, found.columns) == (["weight 0", "weight 1"], ["smile", "red shirt"])
-    assert found.title == "base, one, seed 0"
+    assert found.title == "base | one | seed 0"
     [without] = pixels(drawn(base_file))
     assert (pixels(found)[0] == without).all()
     assert (pixels(found)[1] != without).any()
@@ -253,6 +253,15 @@ def test_steps_are_the_checkpoints_of_a_run(base_file: Path, adapters: list[Path
     assert (pixels(found)[0] != final).any()
     with pytest.raises(LineageError, match=r"no checkpoints.*two-001000"):
         drawn(base_file, adapters=[(adapters[1], 1.0)], grid=("step", "prompt"))
+
+
+def test_new_words_are_drawn_under_adapters_too(base_file: Path, adapters: list[Path], tmp_path: Path):
+    save_file({"emb_params": torch.randn(2, 16)}, tmp_path / "OyamaMahiro.safetensors")
+    asked = {"adapters": [(adapters[0], 1.0)], "prompts": ["smile", "OyamaMahiro, smile"]}
+    plain = pixels(drawn(base_file, **asked))
+    found = pixels(drawn(base_file, embeddings=[tmp_path / "OyamaMahiro.safetensors"], **asked))
+    assert (found[0, 0] == plain[0, 0]).all()
+    assert (found[0, 1] != plain[0, 1]).any()
 
 
 def test_noise_is_of_the_seed_alone(base_file: Path, tmp_path: Path):

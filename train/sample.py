@@ -93,7 +93,7 @@ def draw_grid(
     r, c = AXES.index(rows), AXES.index(columns)
     table = {(place[r], place[c]): picture for place, picture in drawn.items()}
     cells = [[table[i, j] for j in range(len(axes[columns]))] for i in range(len(axes[rows]))]
-    title = ", ".join(v.label for axis in AXES if axis not in (rows, columns) for v in axes[axis] if v.label)
+    title = " | ".join(v.label for axis in AXES if axis not in (rows, columns) for v in axes[axis] if v.label)
     return Drawn([v.label for v in axes[rows]], [v.label for v in axes[columns]], cells, title, request)
 
 
