@@ -69,27 +69,24 @@ def predict(
     found = cluster(folder, sketch=True, cache=cache, progress=progress)
     models = {m.name: m for m in found.models if m.kind == "model"}
     tree = family_tree(found, () if found.distances.models else _grams(folder, cache))
-    listed = tuple(_listed(models, tree))
-    wanted = tuple(dict.fromkeys(named(t, tree.names) for t in targets))
-    facts, base, forecasts = None, None, ()
+    listed, wanted = tuple(_listed(models, tree)), tuple(dict.fromkeys(named(t, tree.names) for t in targets))
+    told = (None, None, ())
     if opened is not None:
-        headers = {name: _header(folder / m.file, opened) for name, m in models.items()}
-        candidates = [Candidate(n, folder / m.file, m.sha256 or "", headers[n].metadata) for n, m in models.items()]
-        base = training_base(look(opened.path), candidates)
-        facts = _facts(opened, headers.get(base.model or ""), base)
-        forecasts = tuple(_forecast(m.name, facts, base, headers[m.name], tree, constants) for m in listed)
-    return PredictResult(
-        provenance("predict", _inputs(opened, found), seconds=round(time.monotonic() - began, 3)),
-        found.folder,
-        listed,
-        facts,
-        base,
-        forecasts,
-        wanted,
-        advise(tree, wanted, constants) if wanted else (),
-        constants,
-        code_hash(),
-    )
+        told = _told(opened, {m.name: folder / m.file for m in listed}, models, tree, constants)
+    made = provenance("predict", _inputs(opened, found), seconds=round(time.monotonic() - began, 3))
+    advice = advise(tree, wanted, constants)
+    return PredictResult(made, found.folder, listed, *told, wanted, advice, constants, code_hash())
+
+
+def _told(
+    adapter: Adapter, files: Mapping[str, Path], models: Mapping[str, ClusterModel], tree: FamilyTree, c: Constants
+) -> tuple[AdapterFacts, TrainingBase, tuple[Forecast, ...]]:
+    """What is said of an adapter, and what it will do on each of `files` (name -> path)."""
+    headers = {name: _header(path, adapter) for name, path in files.items()}
+    candidates = [Candidate(n, path, models[n].sha256 or "", headers[n].metadata) for n, path in files.items()]
+    base = training_base(look(adapter.path), candidates)
+    facts = _facts(adapter, headers.get(base.model or ""), base)
+    return facts, base, tuple(_forecast(name, facts, base, header, tree, c) for name, header in headers.items())
 
 
 def _adapter(path: Path) -> Adapter:
