@@ -15,7 +15,7 @@ PHRASES = {
     "same": "is {}",
     "ancestor": "is an ancestor of {}",
     "descendant": "descends from {}",
-    "merge": "shares a merge with {}",
+    "merge": "is one merge away from {}",
     "sibling": "is a sibling of {}",
     "cousin": "is a cousin of {}",
     "kin": "is kin to {}",
