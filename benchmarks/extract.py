@@ -43,7 +43,7 @@ def kohya(base: Path, tuned: Path, output: Path, rank: int) -> None:
         u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
         k, ones = min(rank, len(s)), (1,) * (delta.ndim - 2)
         spectra[module] = s
-        tensors[f"{module}.lora_up.weight"] = (u[:, :k] * s[:k]).reshape(len(u), k, *ones).half()
+        tensors[f"{module}.lora_up.weight"] = (u[:, :k] * s[:k]).reshape(len(u), k, *ones).half().contiguous()
         tensors[f"{module}.lora_down.weight"] = vh[:k].reshape(k, *delta.shape[1:]).half().contiguous()
         tensors[f"{module}.alpha"] = torch.tensor(float(k))
     save_file(tensors, output)
