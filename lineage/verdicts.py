@@ -106,8 +106,8 @@ def _direction(claim: Claim, effects: Sequence[Effect], adjusted: float, alpha: 
         return UNDECIDED, f"It depends on the measure: {said}."
     if adjusted > alpha:
         return UNDECIDED, "The effect is not clearly different from none."
-    agree = "All measures agree." if len(effects) > 1 else ""
-    return (SUPPORTED, agree) if signs == {1.0} else (CONTRADICTED, f"The reverse holds. {agree}".strip())
+    agree = "All measures agree." if len(effects) > 1 else f"Measured by {effects[0].measure} alone."
+    return (SUPPORTED, agree) if signs == {1.0} else (CONTRADICTED, f"The reverse holds. {agree}")
 
 
 def _no_difference(claim: Claim, effects: Sequence[Effect], adjusted: float, alpha: float) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -121,11 +121,8 @@ Ends = tuple[float, float]
 
 
 def _matrices(v: View) -> Safe | None:
-    if v.world is None:
-        return None
-    lift = _mean(pair_means(v.found, v.world.name, "lift"))
-    kept = _mean(pair_means(v.found, v.world.name, v.retention)) if v.retention else {}
-    if not lift:
+    lift = _mean(pair_means(v.found, v.world.name, "lift")) if v.world else {}
+    if v.world is None or not lift:
         return None
     words = (
         f"World {v.world.name}: down the model an adapter was trained on, across the one it is applied to, both in the "
@@ -135,24 +132,28 @@ def _matrices(v: View) -> Safe | None:
     )
     foretold = {(p.base, p.model): p for p in v.result.predictions if p.world == v.world.name}
     rows, columns = (v.axis(dict.fromkeys(pair[i] for pair in sorted(lift))) for i in (0, 1))
-    comes, stays = ({k: getattr(p, of) for k, p in foretold.items()} for of in ("strength", "retention"))
-    tables: list[tuple[str, dict[Pair, float], str, Ends]] = [
-        ("Measured strength", lift, "lift", (0.0, 1.0)),
-        ("Predicted strength", comes, "predicted", v.ends(comes)),
-    ]
-    if kept:
-        tables += [
-            ("Measured retention", kept, "kept", v.ends(kept)),
-            ("Predicted retention", stays, "predicted", v.ends(stays)),
-        ]
-    grids = [_grid(title, rows, columns, values, foretold, name, ends) for title, values, name, ends in tables]
+    tables = _tables(v, v.world.name, lift, foretold)
+    grids = [_grid(title, rows, columns, values, name, ends, foretold) for title, values, name, ends in tables]
     by_target = [_target(v, t, rows, columns, foretold) for t in v.world.targets]
-    columns_of_panels = "two" if len(columns) <= SIDE_BY_SIDE else "one"
     said = h("p", id="square", class_="note", aria_live="polite", hidden=True)
-    return section("Where an adapter works", words, h("div", grids, class_=columns_of_panels), by_target, said)
+    side_by_side = "two" if len(columns) <= SIDE_BY_SIDE else "one"
+    return section("Where an adapter works", words, h("div", grids, class_=side_by_side), by_target, said)
 
 
-def _mean(pairs: dict[tuple[str, str], list[float]]) -> dict[tuple[str, str], float]:
+def _tables(
+    v: View, world: str, lift: dict[Pair, float], foretold: dict[Pair, PairPrediction]
+) -> Iterator[tuple[str, dict[Pair, float], str, Ends]]:
+    """Title, values, what to call one, and the ends of the colours, of each matrix that can be drawn."""
+    comes, stays = ({k: getattr(p, of) for k, p in foretold.items()} for of in ("strength", "retention"))
+    yield "Measured strength", lift, "lift", (0.0, 1.0)
+    yield "Predicted strength", comes, "predicted", v.ends(comes)
+    kept = _mean(pair_means(v.found, world, v.retention)) if v.retention else {}
+    if kept:
+        yield "Measured retention", kept, "kept", v.ends(kept)
+        yield "Predicted retention", stays, "predicted", v.ends(stays)
+
+
+def _mean(pairs: dict[Pair, list[float]]) -> dict[Pair, float]:
     return {pair: fmean(values) for pair, values in pairs.items()}
 
 
@@ -163,13 +164,13 @@ def _target(
     values = _mean(pair_means(v.found, world.name, "lift", target)) if world else {}
     if world is None or not values:
         return None
-    drawn = _grid(f"{world.targets[target].capitalize()} {target}", rows, columns, values, foretold, "lift", (0.0, 1.0))
+    drawn = _grid(f"{world.targets[target].capitalize()} {target}", rows, columns, values, "lift", (0.0, 1.0), foretold)
     return h("details", h("summary", f"Measured strength, {world.targets[target]} {target} alone"), drawn)
 
 
 def _grid(
-    title: str, rows: list[Branch], columns: list[Branch], values: dict[Pair, float],
-    foretold: dict[Pair, PairPrediction], name: str, ends: Ends,
+    title: str, rows: list[Branch], columns: list[Branch], values: dict[Pair, float], name: str, ends: Ends,
+    foretold: dict[Pair, PairPrediction],
 ) -> Safe:  # fmt: skip
     """One matrix; its colours run between `ends`."""
     low, high = ends
