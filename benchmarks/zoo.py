@@ -1,6 +1,7 @@
 """A zoo of small networks with known lineage, and how well `lineage cluster` and its rivals read it.
 
     python benchmarks/zoo.py make [--size dev|full|large] [--plain]   trains; kill it at any time and run it again
+    python benchmarks/zoo.py fit [--size ...]     confidences from the half for tuning, for lineage/thresholds.py
     python benchmarks/zoo.py score [--size ...] [--half tune] [-o docs/cluster_benchmark.md] [--failures FILE]
 
 Networks lie in benchmarks/data/zoo-SIZE/{tune,report}, what was taken out of those folders in .../removed, and all that
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import zoo_derive
+import zoo_fit
 import zoo_merges
 import zoo_page
 import zoo_train
@@ -196,7 +198,7 @@ def say(words: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", nargs="?", choices=("make", "score"), help="default: one after the other")
+    parser.add_argument("verb", nargs="?", choices=("make", "fit", "score"), help="default: one after the other")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--roots", type=int, help="fewer trees than the size has")
     parser.add_argument("--plain", action="store_true", help="make all merges by the plain script")
@@ -206,6 +208,8 @@ def main() -> None:
     options = parser.parse_args()
     options.zoo = zoo_train.DATA / f"zoo-{options.size}"
     torch.set_num_threads(1)
+    if options.verb == "fit":
+        return print(zoo_fit.fitted(options.zoo / "tune", options.zoo / "cache", zoo_truth.read(options.zoo, "tune")))
     if options.verb != "score":
         build(options)
     if options.verb != "make":

@@ -22,6 +22,7 @@ from lineage.whitening import whitened_table
 
 Array = NDArray[np.float64]
 
+NO_GAP = 1e-4  # nats per entry, below which a link is no better than the next best
 SOURCES = ("whitening", "merges", "turns", "centrality")
 
 
@@ -135,13 +136,13 @@ def _finetunes(
     merges = {m.reading.child: m.reading.parents for m in found.merges}
     members = sorted([*core, *merges])
     table, sizes = _increments(kin, members, ignore, chosen)
-    pending = joins.partly(kin, core, table, chosen) if "merges" not in ignore else []
+    pending = joins.partly(kin, core, table, sorted(merges), chosen) if "merges" not in ignore else []
     merges |= {p.reading.child: p.reading.parents for p in pending}
     grove = _Grove(kin, members, merges, table, cost(table[:, members][:, :, members], sizes))
     core = [m for m in core if m not in merges]
     roots = [base] if base in core else _central(kin, core, chosen.roots)
     trees = {root: grove.tree(root) for root in roots}
-    chances = _votes(grove, trees, ignore, chosen).probabilities(roots)
+    chances = votes(grove, trees, ignore, chosen).probabilities(roots)
     found.root = max(roots, key=lambda m: (chances[m], -m))
     found.root_confidence = chances[found.root]
     found.parent = trees[found.root]
@@ -149,7 +150,7 @@ def _finetunes(
     above: dict[int, Sequence[int]] = {**{child: [p] for child, p in found.parent.items()}, **merges}
     lines = {m: ancestors(above, m) for m in range(len(kin))}
     for merged in pending:
-        joins.record(found, joins.settle(kin, merged, lines))
+        joins.record(found, joins.settle(kin, merged, lines, chosen))
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def _link(
     gap = grove.gap(parent, child, trees[root])
     words = [Evidence("distance", "likeliest increment of all that could join the two sides of the tree; the next best "
                       "is so much dearer per entry", gap)]  # fmt: skip
+    words.append(Evidence("trees", "probability over roots that the likeliest tree joins the two", round(joined, 4)))
     words.append(Evidence("root", "probability that the parent is nearer the root of the tree", round(forward, 4)))
     directed = forward > chosen.directed
     rank = _baked_rank(grove.kin, parent, child, chosen)
@@ -219,7 +221,7 @@ def _link(
 def trust(gap: float, joined: float, chosen: Thresholds = CHOSEN) -> float:
     """Calibrated probability that two models are parent and child. gap: as of `_Grove.gap`; joined: probability over
     roots that the tree joins them."""
-    at = chosen.trust[0] + chosen.trust[1] * np.log(max(gap, 1e-4)) + chosen.trust[2] * joined
+    at = chosen.trust[0] + chosen.trust[1] * np.log(max(gap, NO_GAP)) + chosen.trust[2] * joined
     return float(1 / (1 + np.exp(-at)))
 
 
@@ -253,21 +255,21 @@ def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: T
     return white, np.array([sizes[n] for n in names], float)
 
 
-def _votes(
+def votes(
     grove: _Grove, trees: Mapping[int, Mapping[int, int]], ignore: Collection[str], chosen: Thresholds
 ) -> direction.Votes:
     """What speaks for each model as the root, from every source that is not to be ignored."""
     kin, roots = grove.kin, sorted(trees)
-    votes = direction.Votes(chosen.root)
+    found = direction.Votes(chosen.root)
     if "centrality" not in ignore:
-        votes.add("centrality", direction.centrality(unmerge.distances(kin.g), roots))
-        votes.add("degree", {r: float(sum(p == r for p in tree.values())) for r, tree in trees.items()})
+        found.add("centrality", direction.centrality(unmerge.distances(kin.g), roots))
+        found.add("degree", {r: float(sum(p == r for p in tree.values())) for r, tree in trees.items()})
     if "turns" not in ignore:
         for source, g in (("turns", grove.table.sum(0)), ("drift", kin.g)):
-            votes.add(source, {r: direction.agreement(tree, g) for r, tree in trees.items()})
-        votes.add("tangle", {r: direction.tangle(tree, grove.table.sum(0)) for r, tree in trees.items()})
+            found.add(source, {r: direction.agreement(tree, g) for r, tree in trees.items()})
+        found.add("tangle", {r: direction.tangle(tree, grove.table.sum(0)) for r, tree in trees.items()})
     if kin.known:
         lines = {r: {c: [p] for c, p in tree.items()} | dict(grove.merges) for r, tree in trees.items()}
-        votes.add("known", {r: direction.precedence(above, kin.known) for r, above in lines.items()})
-    votes.add("length", {r: grove.length(tree) for r, tree in trees.items()})
-    return votes
+        found.add("known", {r: direction.precedence(above, kin.known) for r, above in lines.items()})
+    found.add("length", {r: grove.length(tree) for r, tree in trees.items()})
+    return found

@@ -30,7 +30,6 @@ from lineage.thresholds import CHOSEN, Thresholds
 
 Progress = Callable[[int, int, str], None]
 ADD_LIMIT = 10.0  # seconds of reading others again that an answer for one file is worth
-METADATA, DATES = 3.0, 50.0  # log-odds of an order of two models that a file declares, and that dates prove
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def cluster(
     said = _said(models) if metadata else []
     days = read_dates(dates, names) if dates else {}
     choice = choose([m.print.bytes for m in models], sketch=sketch, limit=LIMIT if add is None else ADD_LIMIT)
-    options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days))
+    options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days, chosen))
     grown = list(_grown(models, options, progress))
     seconds = time.monotonic() - began
     return records(
@@ -146,10 +145,12 @@ def _said(models: Sequence[Model]) -> list[Declared]:
     ]
 
 
-def _known(said: Sequence[Declared], days: Mapping[str, date]) -> tuple[tuple[str, str, float], ...]:
+def _known(
+    said: Sequence[Declared], days: Mapping[str, date], chosen: Thresholds
+) -> tuple[tuple[str, str, float], ...]:
     """(earlier, later, log-odds): what files and dates say of the order of two models."""
-    pairs = [(parent, one.child, METADATA) for one in said for parent in one.parents]
-    pairs += [(a, b, DATES) for a in days for b in days if days[a] < days[b]]
+    pairs = [(parent, one.child, chosen.metadata) for one in said for parent in one.parents]
+    pairs += [(a, b, chosen.dates) for a in days for b in days if days[a] < days[b]]
     return tuple(pairs)
 
 

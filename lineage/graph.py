@@ -107,8 +107,8 @@ def descent(cost: Array, root: int, merges: Mapping[int, Sequence[int]]) -> dict
 
 def _above(grown: Mapping[int, int], merges: Mapping[int, Sequence[int]], root: int) -> dict[int, Sequence[int]]:
     """child -> all its parents."""
-    own = {child: (p,) for child, p in grown.items() if child not in merges}
-    return own | {m: tuple(p) for m, p in merges.items() if m != root}
+    above: dict[int, Sequence[int]] = {child: (p,) for child, p in grown.items() if child not in merges}
+    return above | {m: tuple(p) for m, p in merges.items() if m != root}
 
 
 def _faulty(

@@ -8,64 +8,88 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lineage import unmerge
 from lineage.cluster_result import Evidence
 from lineage.kin import Ancestry, Kin, Link, Merged
-from lineage.partial import Mixture, block_weighted, mixtures, partial, spherical, unchanged
+from lineage.partial import (
+    Kept,
+    Mixture,
+    block_weighted,
+    kept_whole,
+    mixtures,
+    partial,
+    spherical,
+    tensor_table,
+    tensor_weights,
+    unchanged,
+)
+from lineage.rounding import ulp
 from lineage.thresholds import Thresholds
 from lineage.unmerge import Reading
+from lineage.whitening import sampled
 
 Array = NDArray[np.float64]
-SPARSE = 0.05  # share of entries left as in the base, above which a merge dropped some on purpose
-SMALL = 0.8  # of the usual change: TIES drops what moved least, DARE at random
-SINGLE = 3.0  # of the expected rounding energy, that merges in float32 may leave
+SINGLE_PRECISION = 1e-7  # of a weight, that its own float32 form is off
 DRAWS = 199  # bootstrap samples of blocks for a p-value
 
 
 def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thresholds) -> list[int]:
-    """Record the merges that reproduce a file up to rounding: with one set of weights, with weights by block, or by
-    spherical interpolation. The models that are left."""
-    g, every = kin.g, list[Reading]()
-    for child in core:
-        pool = [i for i in core if i != child]
-        if (
-            len(pool) > 1
-            and _visible(kin, child, pool, chosen)
-            and _dependent(g, _limit(kin, child), child, pool, chosen)
-        ):
-            every += unmerge.readings(g, _limit(kin, child), kin.entries, child, pool, chosen)
-    for _, reading in sorted(unmerge.resolve(every, g, core, chosen).items()):
-        record(found, _described(kin, reading, seed))
-    done = {m.reading.child for m in found.merges}
-    rest = [i for i in core if i not in done]
-    for child in rest:
-        near = _nearest(g, child, [i for i in core if i != child])
-        if not _visible(kin, child, near, chosen):
-            continue
-        mixture = block_weighted(kin.table, _limit(kin, child), child, near, chosen) if len(near) > 1 else None
-        if mixture and not _read_already(found, mixture):
-            record(found, _by_block(kin, mixture))
-        elif interpolated := _interpolated(kin, child, near, chosen):
-            record(found, interpolated)
+    """Record the merges that reproduce a file up to rounding: with one set of weights (also by way of a merge that was
+    stored as float16 and thrown away), with weights by block, by spherical interpolation, or with most entries left as
+    they were. The models that are left."""
+    for coarse in (1.0, chosen.half):
+        every = [r for child in _left(core, found) for r in _readings(kin, core, child, coarse, chosen)]
+        every = [r for r in every if not _read_already(found, r)]
+        for _, reading in sorted(unmerge.resolve(every, kin.g, core, chosen).items()):
+            record(found, _described(kin, reading, seed, chosen))
+    for child in _left(core, found):
+        near = _nearest(kin.g, child, [i for i in core if i != child])
+        if len(near) > 1 and _visible(kin, child, near, 1.0, chosen):
+            ways = (_by_tensor, _interpolated, _sparse)
+            merged = next((m for way in ways if (m := way(kin, child, near, chosen))), None)
+            if merged and not _read_already(found, merged.reading):
+                record(found, merged)
+    return _left(core, found)
+
+
+def _left(core: Sequence[int], found: Ancestry) -> list[int]:
     done = {m.reading.child for m in found.merges}
     return [i for i in core if i not in done]
 
 
-def partly(kin: Kin, core: Sequence[int], white: Array, chosen: Thresholds) -> list[Merged]:
+def _readings(kin: Kin, core: Sequence[int], child: int, coarse: float, chosen: Thresholds) -> list[Reading]:
+    """The exact readings of a model. coarse: energy of the rounding that is allowed for, over that of float32."""
+    pool = [i for i in core if i != child]
+    if coarse > 1 and not _single(kin, child):
+        return []
+    limit = _limit(kin, child, coarse, chosen)
+    if len(pool) < 2 or not _visible(kin, child, pool, coarse, chosen):
+        return []
+    if not _dependent(kin.g, limit, child, pool, chosen):
+        return []
+    return unmerge.readings(kin.g, limit, kin.entries, child, pool, chosen)
+
+
+def partly(kin: Kin, core: Sequence[int], white: Array, merges: Sequence[int], chosen: Thresholds) -> list[Merged]:
     """Merges of which part is unexplained: a parent that no file is, or arithmetic that drops entries.
 
-    white: (tensors, n, n) whitened inner products. What both are is settled once the tree is known."""
+    white: (tensors, n, n) whitened inner products; merges: those that are explained: what is nearer to one of them than
+    to its own would-be parents descends from it. What both parents are is settled once the tree is known."""
     fit = [partial(white, c, [i for i in core if i != c], chosen) for c in core] if len(core) > 2 else []
+    d = unmerge.distances(white.sum(0))
     found: list[Merged] = []
-    for mixture in sorted((m for m in fit if m), key=lambda m: (-m.gain, m.child)):
-        children = {m.reading.child for m in found}
-        if not children & {mixture.a, mixture.b}:
-            found.append(Merged(_reading(kin, mixture), (), None, "unknown", unseen=True, confidence=0.7))
+    for m in sorted((m for m in fit if m), key=lambda m: (-m.gain, m.child)):
+        children = [f.reading.child for f in found]
+        near = min((d[m.child, other] for other in (*merges, *children)), default=np.inf)
+        if near > min(d[m.child, m.a], d[m.child, m.b]) and not {m.a, m.b} & {*children}:
+            sure = chosen.merges["unknown"]
+            found.append(Merged(_reading(kin, m), (), None, "unknown", unseen=True, confidence=sure))
     return found
 
 
-def settle(kin: Kin, merged: Merged, lines: Mapping[int, set[int]]) -> Merged:
+def settle(kin: Kin, merged: Merged, lines: Mapping[int, set[int]], chosen: Thresholds) -> Merged:
     """A merge of which part is unexplained, now that the tree is known: a parent that the other one descends from only
     stands for what both come from; entries left as they were in the base tell of TIES or DARE.
 
@@ -80,23 +104,27 @@ def settle(kin: Kin, merged: Merged, lines: Mapping[int, set[int]]) -> Merged:
     models = [kin.models[i] for i in (merged.reading.child, a, b, base) if i is not None]
     held = [m for m in models if m is not None]
     share, size = unchanged(held, list(kin.matrices)) if len(held) == 4 else (0.0, 1.0)
-    if share < SPARSE:
+    if share < chosen.dropped:
         return merged
-    return replace(merged, method="ties" if size < SMALL else "dare", unseen=False)
+    method = "ties" if size < chosen.dropped_small else "dare"
+    return replace(merged, method=method, unseen=False, confidence=chosen.merges[method])
 
 
-def _limit(kin: Kin, child: int) -> float:
-    """The child's rounding energy; of float32 files three times that: sums are rounded in any order there, and nothing
+def _single(kin: Kin, child: int) -> bool:
+    return any(t.dtype == "float32" for t in kin.prints[child].tensors)
+
+
+def _limit(kin: Kin, child: int, coarse: float, chosen: Thresholds) -> float:
+    """The child's rounding energy; of float32 files some times that: sums are rounded in any order there, and nothing
     but a merge comes near it."""
-    single = any(t.dtype == "float32" for t in kin.prints[child].tensors)
-    return float(kin.rounding[child]) * (SINGLE if single else 1)
+    return float(kin.rounding[child]) * coarse * (chosen.single if _single(kin, child) else 1)
 
 
-def _visible(kin: Kin, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
+def _visible(kin: Kin, child: int, pool: Sequence[int], coarse: float, chosen: Thresholds) -> bool:
     """Whether the child differs from every other model by clearly more than storing it did."""
     g = kin.g
     nearest = min((g[j, j] + g[child, child] - 2 * g[j, child] for j in pool), default=0.0)
-    return bool(nearest > chosen.visible * kin.rounding[child])
+    return bool(nearest > chosen.visible * coarse * kin.rounding[child])
 
 
 def _dependent(g: Array, own: float, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
@@ -108,10 +136,9 @@ def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 24) -> list
     return sorted(pool, key=lambda j: (g[j, j] + g[child, child] - 2 * g[j, child], j))[:count]
 
 
-def _read_already(found: Ancestry, mixture: Mixture) -> bool:
-    """Whether the same three models are already one merge, read from another end."""
-    members = {mixture.child, mixture.a, mixture.b}
-    return any(members <= m.reading.members for m in found.merges)
+def _read_already(found: Ancestry, reading: Reading) -> bool:
+    """Whether the same models are already one merge, read from another end."""
+    return any(reading.members <= m.reading.members or m.reading.members <= reading.members for m in found.merges)
 
 
 def record(found: Ancestry, merged: Merged) -> None:
@@ -122,6 +149,8 @@ def record(found: Ancestry, merged: Merged) -> None:
         "unknown": "one part of the child is a constant share of the parent's, more than training in common leaves",
         "slerp": "a spherical interpolation, up to rounding",
         "block_weighted": "an exact mixture with a weight for each block, up to rounding",
+        "ties": "whole entries of both parents' changes from the base, at one weight, the smallest dropped",
+        "dare": "whole entries of both parents' changes from the base, at one weight, others dropped at random",
     }.get(merged.method, "an exact affine combination, up to rounding")
     why = (Evidence("residual", words, reading.ratio),)
     for parent, weight, (low, high) in zip(reading.parents, reading.weights, spans, strict=True):
@@ -131,37 +160,53 @@ def record(found: Ancestry, merged: Merged) -> None:
         )
 
 
-def _described(kin: Kin, reading: Reading, seed: int) -> Merged:
-    """Intervals by leaving out each block in turn; the p-value by resampling them."""
-    sets, g = np.array([reading.parents]), kin.g
-    drawn = [unmerge.affine(g - part, reading.child, sets)[0][0] for part in kin.table] if len(kin.table) > 1 else []
+def _described(kin: Kin, reading: Reading, seed: int, chosen: Thresholds) -> Merged:
+    """Coefficients from the files themselves where they can be read; intervals by leaving out each block in turn; the
+    p-value by resampling them."""
+    reading, table = _certified(kin, reading)
+    sets, g = np.arange(1, len(reading.parents) + 1)[None], table.sum(0)
+    drawn = [unmerge.affine(g - part, 0, sets)[0][0] for part in table] if len(table) > 1 else []
     left_out = np.array(drawn or [reading.weights])
     n = len(left_out)
     spread = np.sqrt((n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    half = 3 * np.maximum(spread, _analytic(kin, reading)) + 1e-9
+    half = chosen.interval * np.maximum(spread, _analytic(kin, reading, g)) + SINGLE_PRECISION
     intervals = tuple((float(w - h), float(w + h)) for w, h in zip(reading.weights, half, strict=True))
     method = "weighted_sum" if reading.convex else "add_difference"
-    return Merged(reading, intervals, _p_value(kin, reading, seed), method, confidence=0.95)
+    return Merged(reading, intervals, _p_value(table, seed), method, confidence=chosen.merges[method])
 
 
-def _analytic(kin: Kin, reading: Reading) -> Array:
+def _certified(kin: Kin, reading: Reading) -> tuple[Reading, Array]:
+    """The reading fitted anew in float64, and inner products (parts, k, k) of the child and its parents."""
+    members = [reading.child, *reading.parents]
+    models = [m for m in (kin.models[i] for i in members) if m is not None]
+    if len(models) < len(members):
+        return reading, kin.table[np.ix_(range(len(kin.table)), members, members)]
+    table = tensor_table(models, [*kin.matrices, *kin.vectors])
+    weights, residual = unmerge.affine(table.sum(0), 0, np.arange(1, len(members))[None])
+    floor = reading.own * (1 + float((weights**2).sum()))
+    again = tuple(map(float, weights[0]))
+    return Reading(reading.child, reading.parents, again, float(residual[0]), reading.own, floor), table
+
+
+def _analytic(kin: Kin, reading: Reading, inner: Array) -> Array:
     """Standard deviation of each weight if the residual is noise of equal variance in all entries."""
-    first, *rest = reading.parents
-    g = unmerge.centred(kin.g, first)[np.ix_(rest, rest)]
+    g = unmerge.centred(inner, 1)[2:, 2:]
     covariance = max(reading.residual, reading.own) / kin.entries * np.linalg.pinv(g, hermitian=True)
     return np.sqrt(np.maximum([covariance.sum(), *np.diag(covariance)], 0))
 
 
-def _p_value(kin: Kin, reading: Reading, seed: int) -> float:
-    """Share of samples of blocks in which the set without its least needed parent explains the child as well."""
+def _p_value(table: Array, seed: int) -> float:
+    """Share of samples of blocks in which the set without its least needed parent explains the child as well.
+    table: (blocks, k, k), the child first."""
     rng = np.random.default_rng(seed)
-    fewer = np.array(list(combinations(reading.parents, len(reading.parents) - 1)), np.intp)
+    parents = range(1, table.shape[1])
+    fewer = np.array(list(combinations(parents, len(parents) - 1)), np.intp)
     as_well = 0
     for _ in range(DRAWS):
-        weights = rng.multinomial(len(kin.table), np.full(len(kin.table), 1 / len(kin.table))).astype(np.float64)
-        g = np.tensordot(weights, kin.table, 1)
-        whole = unmerge.affine(g, reading.child, np.array([reading.parents]))[1][0]
-        as_well += int(unmerge.affine(g, reading.child, fewer)[1].min() <= 2 * whole)
+        weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table))).astype(np.float64)
+        g = np.tensordot(weights, table, 1)
+        whole = unmerge.affine(g, 0, np.array([parents]))[1][0]
+        as_well += int(unmerge.affine(g, 0, fewer)[1].min() <= 2 * whole)
     return (1 + as_well) / (1 + DRAWS)
 
 
@@ -171,12 +216,63 @@ def _reading(kin: Kin, m: Mixture) -> Reading:
     return Reading(m.child, (m.a, m.b), (1 - m.weight, m.weight), m.residual, own, floor)
 
 
-def _by_block(kin: Kin, m: Mixture) -> Merged:
-    known = {b: w for b, w in zip(kin.blocks, m.weights, strict=True) if not np.isnan(w)}
-    span = (min(known.values()), max(known.values()))
-    intervals = ((1 - span[1], 1 - span[0]), span)
-    blocks = {block: (1 - w, w) for block, w in known.items()}
-    return Merged(_reading(kin, m), intervals, None, "block_weighted", blocks=blocks, confidence=0.95)
+def _held(kin: Kin, members: Sequence[int]) -> list[Mapping[str, Tensor]] | None:
+    """The members' tensors, None where some cannot be read again."""
+    models = [m for m in (kin.models[i] for i in members) if m is not None]
+    return models if len(models) == len(members) else None
+
+
+def _by_tensor(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Merged | None:
+    """A pair of which the child is an exact mixture with a weight from 0 to 1 for each block, or else each tensor."""
+    own = 3 * chosen.merge_ratio * float(kin.rounding[child])
+    names = [*kin.matrices, *kin.vectors]
+    for m in mixtures(kin.table, child, near, by_block=True)[: chosen.certified]:
+        weights, blocks = dict(zip(kin.blocks, m.weights, strict=True)), True
+        held = _held(kin, (child, m.a, m.b)) if m.residual > own else None
+        if held:
+            weights, residual = tensor_weights(held, names)
+            m, blocks = replace(m, residual=residual), False
+        known = {block: w for block, w in weights.items() if not np.isnan(w)}
+        if m.residual <= own and block_weighted(m, list(known.values()), chosen):
+            span = (min(known.values()), max(known.values()))
+            by = {block: (1 - w, w) for block, w in known.items()} if blocks else None
+            return Merged(_reading(kin, m), ((1 - span[1], 1 - span[0]), span) if blocks else (), None,
+                          "block_weighted", blocks=by, confidence=chosen.merges["block_weighted"])  # fmt: skip
+    return None
+
+
+def _sparse(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Merged | None:
+    """A base and two of its kin, of both of which whole entries are in the child at one and the same weight: TIES keeps
+    the largest changes (Yadav et al. 2023), DARE random ones (Yu et al. 2024)."""
+    near = near[: chosen.merge_pool]
+    held = _held(kin, [child, *near])
+    if len(near) < 3 or held is None:
+        return None
+    sets = unmerge.subsets(near, 3)
+    residual = unmerge.affine(kin.g, child, sets)[1]
+    worth = residual <= (1 - chosen.sparse_gain) * unmerge.distances(kin.g)[child, near].min()
+    names = sorted(kin.matrices)
+    slots = {m: [sampled(w[n]).double() for n in names] for m, w in zip([child, *near], held, strict=True)}
+    steps = [ulp(sampled(held[0][n])).double() for n in names]
+    best, roles = None, None
+    for k in np.argsort(residual, kind="stable")[: chosen.sparse_sets]:
+        for base in map(int, sets[k] if worth[k] else ()):
+            a, b = (int(i) for i in sets[k] if i != base)
+            found = kept_whole(slots[child], slots[base], slots[a], slots[b], steps)
+            if found and _one_weight(found, chosen) and (best is None or found.share > best.share):
+                best, roles = found, (base, a, b)
+    if best is None or roles is None:
+        return None
+    own = float(kin.rounding[child])
+    reading = Reading(child, roles, (1 - sum(best.weights), *best.weights), own, own, own)
+    method = "dare" if best.random else "ties"
+    return Merged(reading, (), None, method, confidence=chosen.merges[method])
+
+
+def _one_weight(kept: Kept, chosen: Thresholds) -> bool:
+    """Whether both parents' changes are kept whole often, and at the same weight."""
+    low, high = sorted(kept.weights)
+    return kept.share > chosen.sparse_share and high < 1.05 * low
 
 
 def _interpolated(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Merged | None:
@@ -191,7 +287,7 @@ def _interpolated(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds)
             continue
         residual = spherical(held, [*kin.matrices, *kin.vectors])
         reading = _reading(kin, m)
-        if residual <= chosen.merge_ratio * SINGLE * reading.floor:
+        if residual <= chosen.merge_ratio * chosen.single * reading.floor:
             exact = Reading(child, reading.parents, reading.weights, residual, reading.own, reading.floor)
-            return Merged(exact, (), None, "slerp", confidence=0.9)
+            return Merged(exact, (), None, "slerp", confidence=chosen.merges["slerp"])
     return None

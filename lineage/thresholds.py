@@ -15,6 +15,11 @@ ROOT = {
     "known": 1.0,
 }
 
+MERGE_TRUST = {
+    "weighted_sum": 0.95, "add_difference": 0.9, "block_weighted": 0.95, "slerp": 0.95, "ties": 0.9, "dare": 0.9,
+    "unknown": 0.6,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -30,6 +35,15 @@ class Thresholds:
     noise_gap: float = 1.04  # residual ratios closer than this do not tell two readings apart
     merge_pool: int = 14  # candidates per child whose subsets are all tried
     merge_parents: int = 5
+    interval: float = 5.0  # standard deviations of a coefficient from its middle to its bounds
+    single: float = 3.0  # of the expected rounding energy, that merges in float32 may leave
+    half: float = 2.0**26  # rounding energy of float16 over that of float32: of a merge inside a merge
+    certified: int = 8  # best candidates that are checked on the files themselves
+    sparse_gain: float = 0.2  # of the squared distance to the nearest model that three explain: perhaps a sparse merge
+    sparse_sets: int = 32  # of three models, that are looked at entry by entry
+    sparse_share: float = 0.1  # of the entries that hold the change of one parent whole, beyond chance
+    dropped: float = 0.05  # share of entries left as in the base, above which a merge dropped some on purpose
+    dropped_small: float = 0.8  # of the usual change: TIES drops what moved least, DARE at random
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
     exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
     partial_gain: float = 0.85  # the same of a merge with an unseen parent
@@ -39,6 +53,9 @@ class Thresholds:
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence
     trust: tuple[float, float, float] = (1.0, 0.5, 2.0)  # log-odds of an edge: at 0, per log gap, per joined
+    merges: Mapping[str, float] = field(default_factory=lambda: dict(MERGE_TRUST))  # confidence in a merge by method
+    metadata: float = 3.0  # log-odds of an order of two models that a file declares
+    dates: float = 50.0  # the same, that dates prove
     roots: int = 24  # models of a tree that are tried as its root
     directed: float = 0.7  # probability of a direction from which on an edge has one
     whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share

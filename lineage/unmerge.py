@@ -205,8 +205,9 @@ def resolve(found: Iterable[Reading], g: Array, pool: Sequence[int], chosen: Thr
 
 
 def _length_without(d: Array, pool: Sequence[int], child: int) -> float:
-    """Length of the shortest tree over the pool without one model."""
-    return sum(float(d[edge]) for edge in spanning_tree(d, [m for m in pool if m != child]))
+    """Logarithmic length of the shortest tree over the pool without one model: the least surprise at what is left."""
+    left = [m for m in pool if m != child]
+    return sum(float(np.log(max(d[edge], 1e-300))) for edge in spanning_tree(d, left))
 
 
 def _cyclic(reading: Reading, taken: dict[int, Reading]) -> bool:
