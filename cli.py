@@ -604,6 +604,32 @@ def world(run: Run, folder: Path, size: str, seed: int) -> None:
     run.say(f"Models: {folder / 'models'}\nTheir descent: {folder / 'truth.json'}\nPictures: {folder / 'samples.png'}")
 
 
+@cli.command("transfer-test")
+@click.argument("config", required=False, type=EXISTING)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Its own folder.")
+@click.option("--dry-run", is_flag=True, help="Only say how much would be trained and measured.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes at once.")
+@click.option("--engine", type=click.Choice(["ray", "dask"]), help="Measure on a cluster of this kind instead.")
+@click.option("--address", metavar="ADDRESS", help="Of that cluster.")
+@_options(VERBOSE, QUIET)
+def transfer_test(run: Run, config: Path | None, dry_run: bool, **options: Any) -> None:
+    """Train an adapter on each model of a family, apply it to all, and say how well the family tree foretold it.
+
+    CONFIG (TOML) names the worlds and the training; without it, the quick miniature world. DIR is its own: the same
+    call continues where it was stopped.
+    """
+    assert run.folder is not None
+    with extras("transfer-test"), run.progress() as progress:
+        from train import transfer
+        from train.experiment import Experiment
+
+        experiment = Experiment.read(config)
+        if dry_run:
+            return click.echo("\n".join(f"{n:8,}  {what}" for what, n in transfer.forecast(experiment).items()))
+        found = transfer.transfer_test(experiment, run.folder, progress=progress, **options)
+    replace(run, force=True).finish(found)
+
+
 @cli.command()
 @click.option(
     "-o",

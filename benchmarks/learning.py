@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from lineage.adapters import Adapter, open_adapter
 from train import lessons, pictures, pipeline, topology, world
 from train.applied import Applied
 from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
-from train.controls import random_like
 from train.fit import Plan, denoising_loss, encode_latents, encode_text, fit_denoiser, pixels
 from train.loop import train
+from train.measures import random_like
 from train.sample import grid
 from train.topology import World
 
@@ -63,10 +64,10 @@ class Lesson:
             pass
         yield "full", self.loss(tuned), self.draw(tuned)
         tuned = pipeline.load(self.file)
-        files = {algo: self.train(algo) for algo in RATES}
-        files["random"] = random_like(files["loha"], self.folder / "learning" / "random.safetensors", self.plan.seed)
-        for name, file in files.items():
-            with Applied(tuned.unet, [tuned.text_encoder], [(file, 1.0)]):
+        adapters: dict[str, Adapter] = {algo: open_adapter(self.train(algo)) for algo in RATES}
+        adapters["random"] = random_like(adapters["loha"], self.plan.seed)
+        for name, adapter in adapters.items():
+            with Applied(tuned.unet, [tuned.text_encoder], [(adapter, 1.0)]):
                 yield name, self.loss(tuned), self.draw(tuned)
 
     def train(self, algo: str) -> Path:

@@ -45,7 +45,7 @@ def build(world: World, folder: Path | str, progress: Progress | None = None) ->
     for module in NEEDED:
         import_module(module)
     folder = Path(folder)
-    _claim(world, folder)
+    claim(folder, "world.json", to_json(world), "world")
     write_files(folder, {"CREDITS.md": pictures.credits(STYLES)}, force=True)
     report = _Count(world.steps, progress)
     vae = _autoencoder(world, folder, report)
@@ -76,18 +76,17 @@ class _Count:
             self.progress(self.done, self.total, label)
 
 
-def _claim(world: World, folder: Path) -> None:
-    """The folder becomes this world's, or is refused."""
-    plan = folder / "world.json"
-    wanted = to_json(world)
+def claim(folder: Path, name: str, wanted: Any, kind: str) -> None:
+    """The folder becomes that of what `wanted` says, as told in the file `name`; LineageError where it is another's."""
+    plan = folder / name
     if plan.exists():
         with suppress(ValueError):
             if json.loads(plan.read_text(encoding="utf-8")) == wanted:
                 return
-        raise LineageError(f"{folder}: holds another world (see {plan.name}). Name another folder, or delete this one.")
+        raise LineageError(f"{folder}: holds another {kind} (see {name}). Name another folder, or delete this one.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LineageError(f"{folder}: is not empty and not a world's folder. Name another folder.")
-    write_files(folder, {plan.name: json.dumps(wanted, indent=1) + "\n"})
+        raise LineageError(f"{folder}: is not empty and no folder of such a {kind}. Name another folder.")
+    write_files(folder, {name: json.dumps(wanted, indent=1) + "\n"})
 
 
 def _autoencoder(world: World, folder: Path, report: _Count) -> dict[str, Tensor]:

@@ -1,0 +1,119 @@
+"""What a transfer experiment is: frozen settings, read from TOML; without a file, the quick miniature world.
+
+[worlds]
+size = "small"
+seeds = [1, 2, 3]
+[training]
+steps = 150
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lineage.errors import FileError, LineageError
+from lineage.recipe import did_you_mean
+from lineage.transfer_records import Design
+from train.topology import SHAPES
+from train.values import read_value
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """size and seeds of the miniature worlds; `styles` and `characters`: how many targets of each kind in a world."""
+
+    size: str = "quick"
+    seeds: tuple[int, ...] = (0,)
+    styles: int = 1
+    characters: int = 0
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """One adapter per base, target and seed: `steps` on `pictures` pictures, with checkpoints at the steps `at`."""
+
+    network: str = "loha"
+    steps: int = 100
+    batch: int = 16
+    lr: float = 2e-2
+    pictures: int = 100
+    seeds: tuple[int, ...] = (0, 1)
+    at: tuple[int, ...] = ()
+    clip_skip: int = 1
+
+
+@dataclass(frozen=True)
+class Measures:
+    """held_out pictures, each at `draws` timesteps; `drawn` pictures for the judges; weights as in Design."""
+
+    held_out: int = 24
+    draws: int = 4
+    drawn: int = 6
+    steps: int = 20
+    guidance: float = 4.0
+    weight: float = 0.65
+    reference_weight: float = 1.0
+
+
+TABLES: dict[str, type] = {"worlds": Worlds, "training": Lessons, "measures": Measures}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All settings. LineageError where a size is unknown."""
+
+    worlds: Worlds = field(default_factory=Worlds)
+    training: Lessons = field(default_factory=Lessons)
+    measures: Measures = field(default_factory=Measures)
+
+    def __post_init__(self) -> None:
+        if self.worlds.size not in SHAPES:
+            raise LineageError(f"worlds.size: {self.worlds.size!r} is not known. Allowed: {', '.join(SHAPES)}.")
+        for name in ("worlds.seeds", "training.seeds"):
+            table, key = name.split(".")
+            if not getattr(getattr(self, table), key):
+                raise LineageError(f"{name}: name at least one.")
+
+    @classmethod
+    def read(cls, path: Path | None) -> Experiment:
+        """FileError, LineageError: what is wrong, where, and what is allowed."""
+        if path is None:
+            return cls()
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
+            raise FileError(path, f"cannot be read as TOML: {e}.") from e
+        try:
+            return cls(**{name: _table(name, found) for name, found in tables.items()})
+        except LineageError as e:
+            raise LineageError(f"{path}: {e}") from None
+
+    @property
+    def design(self) -> Design:
+        return Design(self.training.network, self.measures.weight, self.measures.reference_weight)
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def hash(self) -> str:
+        """sha256 of all settings."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def _table(name: str, found: Any) -> Any:
+    if name not in TABLES:
+        raise LineageError(f"unknown table [{name}]. {did_you_mean(name, TABLES)}")
+    if not isinstance(found, Mapping):
+        raise LineageError(f"{name} must be a table, [{name}]; it is {found!r}.")
+    kinds = {f.name: str(f.type) for f in fields(TABLES[name])}
+    for key in found:
+        if key not in kinds:
+            raise LineageError(f"unknown key {name}.{key}. {did_you_mean(key, kinds)}")
+    return TABLES[name](**{k: read_value(f"{name}.{k}", kinds[k], v, Path()) for k, v in found.items()})

@@ -1,0 +1,128 @@
+"""`lineage transfer-test`: cluster the bases, predict, and only then train adapters and put each on every model.
+
+The folder belongs to one experiment. Predictions are written before the first training and never again; cells carry
+their hash. Stopped at any moment, the same call does what is missing and ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import lineage
+from lineage import prediction
+from lineage.contrasts import frame
+from lineage.engines import in_parallel
+from lineage.errors import LineageError
+from lineage.records import restore
+from lineage.results import provenance, write_files
+from lineage.transfer_measures import readings
+from lineage.transfer_records import PairPrediction, TransferResult, WorldFacts, predictions_hash, world_facts
+from lineage.transfer_statistics import statistics
+from lineage.verdicts import hypotheses
+from train import topology, world
+from train.cells import finished, jobs, run
+from train.experiment import Experiment
+
+Progress = Callable[[int, int, str], None]
+NOTES = (
+    "Miniature models of 3 million parameters, trained on drawn avatars, are not Stable Diffusion: what holds here is "
+    "a hint of what to look for there.",
+)
+
+
+def transfer_test(
+    experiment: Experiment,
+    folder: Path | str,
+    *,
+    workers: int = 1,
+    engine: str | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> TransferResult:
+    """Run what is missing of the experiment in `folder`, and conclude.
+
+    workers: processes; engine, address: a cluster instead (lineage.engines). LineageError where the folder holds
+    another experiment, or cells that are older than the predictions."""
+    began, folder = time.monotonic(), Path(folder)
+    world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
+    for seed in experiment.worlds.seeds:
+        world.build(topology.draw(experiment.worlds.size, seed), _home(folder, experiment, seed), progress)
+    facts, foretold = _predictions(folder, experiment)
+    stamp = predictions_hash(foretold)
+    todo = jobs(folder, experiment, stamp)
+    for job in todo:
+        finished(job)  # refuses stale ones before anything is trained
+    cells = [
+        cell
+        for found in in_parallel(run, todo, jobs=workers, engine=engine, address=address, progress=progress)
+        for cell in found
+    ]
+    found = readings(cells, facts, experiment.design)
+    told = provenance("transfer-test", {}, seed=experiment.worlds.seeds[0], seconds=round(time.monotonic() - began, 1))
+    return TransferResult(
+        told, experiment.to_json(), experiment.hash, stamp, experiment.design, facts, foretold, tuple(cells),
+        found.dropped, statistics(cells, facts, foretold, experiment.design), hypotheses(frame(found)), notes=NOTES,
+    )  # fmt: skip
+
+
+def forecast(experiment: Experiment) -> dict[str, int]:
+    """What the experiment will do: worlds, models, adapters trained, cells measured, training steps in all."""
+    plans = [topology.draw(experiment.worlds.size, seed) for seed in experiment.worlds.seeds]
+    todo = jobs(Path(), experiment, "")
+    adapters = sum(job.base is not None for job in todo)
+    return {
+        "worlds": len(plans),
+        "models": sum(len(plan.models) for plan in plans),
+        "adapters": adapters,
+        "cells": sum(len(topology.draw(experiment.worlds.size, job.world_seed).models) for job in todo),
+        "training steps": sum(plan.steps for plan in plans) + adapters * experiment.training.steps,
+    }
+
+
+def _home(folder: Path, experiment: Experiment, seed: int) -> Path:
+    return folder / "worlds" / f"{experiment.worlds.size}-{seed}"
+
+
+def _predictions(folder: Path, experiment: Experiment) -> tuple[tuple[WorldFacts, ...], tuple[PairPrediction, ...]]:
+    """Facts and predictions of every world; those on the disk, where they were made by this code and experiment."""
+    facts = tuple(_facts(_home(folder, experiment, seed)) for seed in experiment.worlds.seeds)
+    file = folder / "predictions.json"
+    made_of = {"experiment": experiment.hash, "code": prediction.code_hash()}
+    if file.exists():
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if told["made_of"] != made_of:
+            raise LineageError(f"{file}: was made by another predictor or experiment. Name another folder.")
+        return facts, tuple(restore(PairPrediction, p) for p in told["predictions"])
+    seeds = zip(facts, experiment.worlds.seeds, strict=True)
+    foretold = tuple(p for f, seed in seeds for p in _foretold(_home(folder, experiment, seed), f))
+    told = {"made_of": made_of, "predictions": [asdict(p) for p in foretold]}
+    write_files(folder, {file.name: json.dumps(told, indent=1) + "\n"})
+    return facts, foretold
+
+
+def _facts(home: Path) -> WorldFacts:
+    return world_facts(home.name, json.loads((home / "truth.json").read_text(encoding="utf-8")))
+
+
+def _foretold(home: Path, facts: WorldFacts) -> list[PairPrediction]:
+    """From the weights of the world's models alone."""
+    found = lineage.cluster(home / "models", metadata=False)
+    tree, names = prediction.family_tree(found), [m.name for m in facts.models]
+    return [
+        PairPrediction(
+            facts.name,
+            p.base,
+            p.model,
+            p.strength,
+            p.retention,
+            {name: value(p.features) for name, value in prediction.BASELINES.items()},
+            p.verdict,
+            p.reason,
+        )
+        for p in prediction.predictions(tree, names, names)
+        if p.base != p.model
+    ]
