@@ -11,6 +11,9 @@ from lineage.factors import khatri_rao_rows
 from lineage.spectrum import OVERSAMPLE, fast_dtype, gram, orthonormal, product, random_matrix, squared_norms
 
 POWER_STEPS = 2
+GRAMS = 5  # times as many columns as wanted: below that all of the Gram matrix's eigenvectors cost no more
+LAST_STEPS = 5  # at most, in float32: beside strong directions, what bfloat16 rounds away can hide the weak ones
+SETTLED = 1e-2  # relative gain of such a step below which it is the last
 ROUNDS = 100  # of alternating least squares
 STALLED = 1e-4  # relative gain of a round below which it stops
 ROUNDING = 1e-6  # of the largest singular value: float32 products know no smaller ones
@@ -20,7 +23,7 @@ RIDGE = 1e-7  # of the mean diagonal, for rows whose normal equations are singul
 def truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(left (m, rank), right (rank, n)): the first singular triples of delta (m, n), scales shared evenly.
 
-    Randomised subspace iteration (Halko, Martinsson & Tropp 2011), its last step in float32, where the rank is small
+    Randomised subspace iteration (Halko, Martinsson & Tropp 2011), its last steps in float32, where the rank is small
     beside the matrix; else the eigenvectors of the short side's Gram matrix."""
     if delta.shape[0] > delta.shape[1]:
         left, right = truncate(delta.mT, rank)
@@ -38,13 +41,21 @@ def truncate(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _subspace(wide: Tensor, rank: int) -> Tensor:
     """Orthonormal columns (m, k), k >= rank, that hold nearly all of what the leading `rank` left vectors hold."""
     columns = rank + OVERSAMPLE
-    if 3 * columns > wide.shape[0]:
+    if GRAMS * columns > wide.shape[0]:
         return torch.linalg.eigh(gram(wide, torch.float32))[1][:, -min(columns, wide.shape[0]) :].contiguous()
     fast = wide.to(fast_dtype(wide.device.type))
     basis = orthonormal(product(fast, random_matrix((wide.shape[1], columns), 2, fast)))
     for _ in range(POWER_STEPS):
         basis = orthonormal(product(fast, product(fast.mT, basis.to(fast.dtype))))
-    return orthonormal(product(wide, product(wide.mT, basis)))
+    before, total = math.inf, float(squared_norms(wide[None]))
+    for _ in range(LAST_STEPS):
+        image = product(wide.mT, basis)
+        basis = orthonormal(product(wide, image))
+        rest = total - float(squared_norms(image[None]))
+        if before - rest <= SETTLED * rest:
+            break
+        before = rest
+    return basis
 
 
 def fit_hadamard(delta: Tensor, rank: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
