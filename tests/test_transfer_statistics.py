@@ -16,7 +16,7 @@ from synthetic_transfer import Drawn, Plan, draw, transfer_result
 
 from lineage.errors import LineageError
 from lineage.exports import cells_csv, exports
-from lineage.predictors import CONSTANT, LOSS_OF_MODEL, within
+from lineage.predictors import CONSTANT, LOSS_OF_MODEL, predictors, within
 from lineage.records import restore
 from lineage.results import dumps, to_json
 from lineage.transfer_measures import Readings, matrices, readings
@@ -219,6 +219,16 @@ def test_what_knows_nothing_scores_nothing(result):
         assert score(result, "tau", name).mean == score(result, "centred", name).mean == 0
     assert score(result, "centred", ORACLE).mean == 0
     assert score(result, "tau", ORACLE).mean > 0.1
+
+
+def test_the_oracle_has_not_seen_the_target_itself(drawn):
+    found = readings(drawn.cells, drawn.worlds, drawn.design)
+    measured = matrices(found, "lift")
+    own = measured[0]
+    other = [replace(own, values=own.values[::-1]), *measured[1:]]
+    plain, changed = (predictors(found, drawn.predictions, "strength", ms)[ORACLE](own) for ms in (measured, other))
+    assert np.isfinite(plain).any()
+    np.testing.assert_array_equal(plain, changed)
 
 
 def test_a_good_prediction_is_found_good(result):
