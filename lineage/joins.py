@@ -32,6 +32,7 @@ from lineage.whitening import sampled
 
 Array = NDArray[np.float64]
 SINGLE_PRECISION = 1e-7  # of a weight, that its own float32 form is off
+LARGEST = 5  # tensors that show at once what no sparse merge is
 DRAWS = 199  # bootstrap samples of blocks for a p-value
 
 
@@ -251,14 +252,19 @@ def _sparse(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Me
     sets = unmerge.subsets(near, 3)
     residual = unmerge.affine(kin.g, child, sets)[1]
     worth = residual <= (1 - chosen.sparse_gain) * unmerge.distances(kin.g)[child, near].min()
-    names = sorted(kin.matrices)
+    sizes = {t.name: t.entries for t in kin.prints[child].tensors}
+    names = sorted(kin.matrices, key=lambda n: (-sizes[n], n))
     slots = {m: [sampled(w[n]).double() for n in names] for m, w in zip([child, *near], held, strict=True)}
     steps = [ulp(sampled(held[0][n])).double() for n in names]
     best, roles = None, None
     for k in np.argsort(residual, kind="stable")[: chosen.sparse_sets]:
         for base in map(int, sets[k] if worth[k] else ()):
             a, b = (int(i) for i in sets[k] if i != base)
-            found = kept_whole(slots[child], slots[base], slots[a], slots[b], steps)
+            four = [slots[m] for m in (child, base, a, b)]
+            first = kept_whole([*zip(*(t[:LARGEST] for t in (*four, steps)), strict=True)])
+            if first and first.share < chosen.sparse_share / 2:
+                continue
+            found = kept_whole([*zip(*four, steps, strict=True)])
             if found and _one_weight(found, chosen) and (best is None or found.share > best.share):
                 best, roles = found, (base, a, b)
     if best is None or roles is None:

@@ -15,7 +15,6 @@ from lineage.thresholds import CHOSEN, Thresholds
 
 Array = NDArray[np.float64]
 Models = Sequence[Mapping[str, Tensor]]
-Slots = Sequence[Tensor]  # some entries of each tensor, float64
 CLEAR = 32.0  # roundings that a change is larger than, for its share in a child to be told
 FEWEST = 100  # such changes in a tensor
 ALIKE = 0.05  # logarithm of the weights of two tensors of one merge
@@ -120,11 +119,12 @@ class Kept:
     random: bool
 
 
-def kept_whole(x: Slots, base: Slots, a: Slots, b: Slots, steps: Slots) -> Kept | None:
+def kept_whole(slots: Sequence[Sequence[Tensor]]) -> Kept | None:
     """Entries at which x holds, at one weight per tensor, the whole change of a or of b from the base, and of the other
-    one's nothing. None where changes are too small to tell. All: tensors; steps: the rounding steps of x."""
+    one's nothing. None where changes are too small to tell. slots: of each tensor x, base, a, b and the rounding steps
+    of x, all of one shape."""
     found, dropped, usual = [], [], []
-    for own, start, one, other, step in zip(x, base, a, b, steps, strict=True):
+    for own, start, one, other, step in slots:
         moved, changes = own - start, (one - start, other - start)
         seen = [change.abs() > CLEAR * step for change in changes]
         if min(int(s.sum()) for s in seen) < FEWEST:

@@ -16,8 +16,8 @@ ROOT = {
 }
 
 MERGE_TRUST = {
-    "weighted_sum": 0.95, "add_difference": 0.9, "block_weighted": 0.95, "slerp": 0.95, "ties": 0.9, "dare": 0.9,
-    "unknown": 0.6,
+    "weighted_sum": 0.98, "add_difference": 0.85, "block_weighted": 0.89, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
+    "unknown": 0.67,
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ class Thresholds:
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence
-    trust: tuple[float, float, float] = (1.0, 0.5, 2.0)  # log-odds of an edge: at 0, per log gap, per joined
+    trust: tuple[float, float, float] = (3.44, 0.24, -1.19)  # log-odds of an edge: at 0, per log gap, per joined
     merges: Mapping[str, float] = field(default_factory=lambda: dict(MERGE_TRUST))  # confidence in a merge by method
     metadata: float = 3.0  # log-odds of an order of two models that a file declares
     dates: float = 50.0  # the same, that dates prove

@@ -49,7 +49,7 @@ def slots(model: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 def kept(child, base, a, b) -> partial.Kept | None:
     steps = [ulp(child[n]).double().flatten() for n in NAMES]
-    return partial.kept_whole(slots(child), slots(base), slots(a), slots(b), steps)
+    return partial.kept_whole([*zip(slots(child), slots(base), slots(a), slots(b), steps, strict=True)])
 
 
 def sparse(base, a, b, random: bool, share: float = 0.5, weight: float = 0.7, seed: int = 0) -> dict[str, torch.Tensor]:
