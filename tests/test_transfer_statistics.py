@@ -237,6 +237,11 @@ def test_a_good_prediction_is_found_good(result):
     assert score(result, "regret").mean < score(result, "regret", CONSTANT).mean / 5
     assert 0.85 < (score(result, "tau").strict_share or 0) < 1.1
     assert result.statistics.permutation["tau"] == 1 / 500
+    gains = {
+        c.figure: c.difference for c in result.statistics.comparisons if (c.of, c.baseline) == ("strength", CONSTANT)
+    }
+    assert gains["tau"] == pytest.approx(score(result, "tau").mean)
+    assert gains["regret"] == pytest.approx(score(result, "regret", CONSTANT).mean - score(result, "regret").mean)
     assert score(result, "tau", of="retention").mean > 0.4
     assert result.statistics.partial is not None
     assert result.statistics.partial.mean > 0.2
