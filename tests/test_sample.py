@@ -99,7 +99,7 @@ class Letters:
         return SimpleNamespace(input_ids=[[ord(c) for c in text] for text in texts])
 
 
-@given(st.lists(st.text("ab,", max_size=200), min_size=1, max_size=3))
+@given(st.lists(st.text("ab,", max_size=200) | st.text("ab,", min_size=76, max_size=200), min_size=1, max_size=3))
 def test_chunks_hold_every_token_in_order_and_end_at_commas(texts: list[str]):
     ids, weights = chunks(Letters(), texts)
     assert ids.shape == weights.shape == (len(ids), len(texts), CHUNK + 2)
@@ -112,6 +112,14 @@ def test_chunks_hold_every_token_in_order_and_end_at_commas(texts: list[str]):
             if after and after[0] != ",":
                 assert row.endswith(",") or "," not in row[-prompts.BACK :]
                 assert len(row) > CHUNK - prompts.BACK
+
+
+@pytest.mark.parametrize(
+    ("text", "first"), [("a" * 60 + "," + "b" * 40, 61), ("a" * 50 + "," + "b" * 40, CHUNK), ("a" * 75 + ",b", CHUNK)]
+)
+def test_a_chunk_looks_back_for_a_comma(text: str, first: int):
+    ids, _ = chunks(Letters(), [text])
+    assert ["".join(chr(i) for i in row if i > 3) for row in ids[:, 0].tolist()] == [text[:first], text[first:]]
 
 
 def test_break_ends_a_chunk():
