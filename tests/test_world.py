@@ -19,6 +19,7 @@ import lineage
 from lineage.errors import LineageError
 from lineage.results import load_json
 from train import demo, judge, pictures, pipeline, topology, world
+from train.experiment import Experiment, Lessons, Measures
 from train.fit import Plan, denoising_loss, encode_latents, encode_text, fit_autoencoder, pixels, rate, standardise
 from train.muon import orthogonal
 from train.styles import BACKGROUND, STYLES
@@ -356,7 +357,10 @@ def test_judges_tell_styles_and_characters_they_were_not_shown(kind: judge.Kind)
 
 @pytest.mark.slow
 def test_demo_command_leaves_its_files_and_may_be_called_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(demo, "demo", partial(demo.demo, plan=TINY, steps=2))
+    monkeypatch.setattr(topology, "draw", lambda size, seed: TINY)
+    monkeypatch.setattr(demo, "demo", partial(demo.demo, steps=2))
+    small = Experiment(training=Lessons(steps=2, pictures=4, batch=2), measures=Measures(2, 1, 2, steps=2))
+    monkeypatch.setattr(demo, "EXPERIMENT", small)
     monkeypatch.setattr(judge, "PLAN", Plan(steps=5, lr=1e-3, batch=4))
     assert [cli._exit_code(["demo", "-q", "-o", str(folder)]) for _ in range(2)] == [0, 0]
     for picture in ("samples.png", "merge/samples.png", "loha/samples.png"):
@@ -367,7 +371,7 @@ def test_demo_command_leaves_its_files_and_may_be_called_again(folder: Path, mon
     assert found["summary"]["components"]["vae"]["frobenius"] == 0
     assert (folder / "merge" / "mixed.safetensors").read_bytes() == world.model_file(folder, "mixed").read_bytes()
     page = (folder / "index.html").read_text(encoding="utf-8")
-    for name in ("svd", "cluster", "merge"):
+    for name in ("svd", "cluster", "merge", "transfer-test"):
         assert f'href="{name}/report.html"' in page
         assert "</html>" in (folder / name / "report.html").read_text(encoding="utf-8")
 

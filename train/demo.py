@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lineage
 from lineage.recipe import parse
 from lineage.results import write_files
-from train import lessons, pictures, showcase, topology, world
+from train import lessons, pictures, showcase, topology, transfer, world
 from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
+from train.experiment import Experiment, Lessons, Worlds
 
 if TYPE_CHECKING:
     from train.topology import Merge, Model, World
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 WEIGHTS = (0.0, 0.65, 1.0)
 STEPS = 250
+EXPERIMENT = Experiment(training=Lessons(steps=60))
+"""Two seeds of one style: enough for pictures, too little for conclusions, and its page says so."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,12 @@ def demo(
     *,
     seed: int = 0,
     progress: Progress | None = None,
-    plan: World | None = None,
     steps: int = STEPS,
 ) -> Iterator[Station]:
     """Make the world in `folder` and go round; each station is yielded when it is done, and kept for the next call.
 
-    plan: a world other than the quick one of `seed`; it must have a merge. Raises as `world.build` does."""
-    plan = plan or topology.draw("quick", seed)
+    steps: of the LoHa's training. Raises as `world.build` does."""
+    plan = topology.draw("quick", seed)
     folder = world.build(plan, folder, progress)
     yield _models(plan, folder, progress)
     tuned = next(m for m in plan.trained if m.parent)
@@ -51,6 +54,7 @@ def demo(
     yield _family(folder, progress)
     yield _merge(plan, folder, progress)
     yield _adapter(plan, folder, tuned, steps, progress)
+    yield _transfer(plan, folder, progress)
 
 
 def _models(plan: World, folder: Path, progress: Progress | None) -> Station:
@@ -127,6 +131,22 @@ def _weights(plan: World, folder: Path, base: Model, style: str, file: Path) -> 
     drawn = draw_grid(asked, device="cpu")
     rows = [*drawn.rows, "the style itself"]
     return png(grid(rows, drawn.columns, [*drawn.cells, [p.image for p in shown]], drawn.title))
+
+
+def _transfer(plan: World, folder: Path, progress: Progress | None) -> Station:
+    """The experiment on a copy of the world, as both own their folders."""
+    experiment = replace(EXPERIMENT, worlds=Worlds(seeds=(plan.seed,)))
+    home = transfer.home(folder / "transfer-test", experiment, plan.seed)
+    if not home.exists():
+        world.claim(folder / "transfer-test", "experiment.json", experiment.to_json(), "experiment")
+        shutil.copytree(folder, home, ignore=lambda _, names: {n for n in names if n in ASIDE})
+    found = transfer.transfer_test(experiment, folder / "transfer-test", progress=progress)
+    words = "An adapter trained on each model and put on every other: does the family tree foretell where it works?"
+    return Station("transfer-test", "Transfer", words, result=found)
+
+
+ASIDE = {"svd", "cluster", "merge", "loha", "transfer-test", "index.html", "samples.png"}
+"""What the tour adds to its world."""
 
 
 def _once(file: Path, make: Callable[[], bytes]) -> Path:

@@ -50,7 +50,7 @@ def transfer_test(
     began, folder = time.monotonic(), Path(folder)
     world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
     for seed in experiment.worlds.seeds:
-        world.build(topology.draw(experiment.worlds.size, seed), _home(folder, experiment, seed), progress)
+        world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
     facts, foretold = _predictions(folder, experiment)
     stamp = predictions_hash(foretold)
     todo = jobs(folder, experiment, stamp)
@@ -83,13 +83,14 @@ def forecast(experiment: Experiment) -> dict[str, int]:
     }
 
 
-def _home(folder: Path, experiment: Experiment, seed: int) -> Path:
+def home(folder: Path, experiment: Experiment, seed: int) -> Path:
+    """Where the world of `seed` lies."""
     return folder / "worlds" / f"{experiment.worlds.size}-{seed}"
 
 
 def _predictions(folder: Path, experiment: Experiment) -> tuple[tuple[WorldFacts, ...], tuple[PairPrediction, ...]]:
     """Facts and predictions of every world; those on the disk, where they were made by this code and experiment."""
-    facts = tuple(_facts(_home(folder, experiment, seed)) for seed in experiment.worlds.seeds)
+    facts = tuple(_facts(home(folder, experiment, seed)) for seed in experiment.worlds.seeds)
     file = folder / "predictions.json"
     made_of = {"experiment": experiment.hash, "code": prediction.code_hash()}
     if file.exists():
@@ -98,19 +99,19 @@ def _predictions(folder: Path, experiment: Experiment) -> tuple[tuple[WorldFacts
             raise LineageError(f"{file}: was made by another predictor or experiment. Name another folder.")
         return facts, tuple(restore(PairPrediction, p) for p in told["predictions"])
     seeds = zip(facts, experiment.worlds.seeds, strict=True)
-    foretold = tuple(p for f, seed in seeds for p in _foretold(_home(folder, experiment, seed), f))
+    foretold = tuple(p for f, seed in seeds for p in _foretold(home(folder, experiment, seed), f))
     told = {"made_of": made_of, "predictions": [asdict(p) for p in foretold]}
     write_files(folder, {file.name: json.dumps(told, indent=1) + "\n"})
     return facts, foretold
 
 
-def _facts(home: Path) -> WorldFacts:
-    return world_facts(home.name, json.loads((home / "truth.json").read_text(encoding="utf-8")))
+def _facts(made: Path) -> WorldFacts:
+    return world_facts(made.name, json.loads((made / "truth.json").read_text(encoding="utf-8")))
 
 
-def _foretold(home: Path, facts: WorldFacts) -> list[PairPrediction]:
+def _foretold(made: Path, facts: WorldFacts) -> list[PairPrediction]:
     """From the weights of the world's models alone."""
-    found = lineage.cluster(home / "models", metadata=False)
+    found = lineage.cluster(made / "models", metadata=False)
     tree, names = prediction.family_tree(found), [m.name for m in facts.models]
     return [
         PairPrediction(
