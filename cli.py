@@ -535,7 +535,13 @@ PICTURE = click.option(
     type=click.Choice(["auto", "epsilon", "v_prediction"]),
     help="auto: what the model's markers say.",
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the arithmetic.",
+)
 @PICTURE
 @_options(FORCE, VERBOSE, QUIET, DEVICE)
 def sample(run: Run, adapters: Sequence[str], precision: str, file: Path, **options: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_world import SMALL, TINY
 
 import cli
 import lineage
@@ -23,22 +24,6 @@ from train.experiment import Experiment, Lessons, Measures
 from train.fit import Plan, denoising_loss, encode_latents, encode_text, fit_autoencoder, pixels, rate, standardise
 from train.muon import orthogonal
 from train.styles import BACKGROUND, STYLES
-
-SMALL = pipeline.Size(unet=(16, 24), vae=(8, 8, 8), text=16, text_layers=1, heads=2)
-BASE = Plan(steps=3, lr=1e-3, muon_lr=0.02, batch=2)
-TINY = topology.World(
-    models=(
-        topology.Model("base", ("micah", "dylan"), BASE),
-        topology.Model("tuned", ("pixel-art",), Plan(steps=2, lr=1e-4, batch=2), parent="base"),
-        topology.Merge("mixed", "half = base + tuned, 0.5, fp16\nmixed = __O1__ + tuned, 0.5, fp16, safetensors\n"),
-        topology.Permuted("shuffled", "tuned"),
-    ),
-    autoencoder=BASE,
-    targets=("personas",),
-    characters=("hina",),
-    pictures=4,
-    size=SMALL,
-)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -1,0 +1,171 @@
+"""Laws of the transfer experiment: predictions first, cells by themselves, the same end after any interruption."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_world import TINY
+
+import cli
+from lineage.adapters import open_adapter
+from lineage.errors import LineageError
+from lineage.results import load_json
+from train import cells, judge, measures, topology, transfer
+from train.experiment import Experiment, Lessons, Measures, Worlds
+from train.fit import Plan
+
+SMALL = Experiment(
+    Worlds(characters=1),
+    Lessons(steps=2, pictures=4, batch=2, seeds=(0, 1), at=(1,)),
+    Measures(held_out=2, draws=1, drawn=2, steps=2),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topology, "draw", lambda size, seed: TINY)
+        patch.setattr(judge, "PLAN", Plan(steps=3, lr=1e-3, batch=4))
+        yield
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transfer") / "out"
+    transfer.transfer_test(SMALL, folder)
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(f for part in ("cells", "adapters") for f in (folder / part).rglob("*.*") if f.name != "log.jsonl")
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.suffix == ".json"
+    }
+
+
+def found(folder: Path) -> list:
+    return [c for f in sorted((folder / "cells").rglob("*.json")) for c in json.loads(f.read_text("utf-8"))["cells"]]
+
+
+def test_every_pair_is_measured_and_every_model_has_its_own_adapter(done: Path):
+    names = {m.name for m in TINY.models}
+    for target in ("personas", "hina"):
+        of = [c for c in found(done) if c["target"] == target]
+        assert {(c["base"], c["model"], c["seed"]) for c in of if c["weight"] == 0.65 and c["network"] == "loha"} == {
+            (x, y, s) for x in names for y in names for s in (0, 1) if x != y
+        }
+        own = {(c["model"], c["seed"], c["step"]) for c in of if c["base"] == c["model"]}
+        assert own == {(name, s, step) for name in names for s in (0, 1) for step in (1, 2)}
+        assert {c["model"] for c in of if c["network"] == "none"} == names
+        assert {c["model"] for c in of if c["network"] == "random"} == names - {"base"}
+
+
+def test_what_is_missing_is_done_again_to_the_same_numbers(done: Path, tmp_path: Path):
+    again = shutil.copytree(done, tmp_path / "out")
+    lost = [
+        again / "cells" / "quick-0" / "hina" / "tuned-1.json",
+        again / "cells" / "quick-0" / "personas" / "untouched.json",
+    ]
+    for file in lost:
+        file.unlink()
+    shutil.rmtree(again / "adapters" / "quick-0" / "hina" / "tuned-1")
+    result = transfer.transfer_test(SMALL, again)
+    assert hashes(again) == hashes(done)
+    assert len(result.cells) == len(found(done))
+
+
+def test_cells_older_than_the_predictions_are_refused(done: Path, tmp_path: Path):
+    again = shutil.copytree(done, tmp_path / "out")
+    told = json.loads((again / "predictions.json").read_text("utf-8"))
+    told["predictions"][0]["strength"] += 0.5
+    (again / "predictions.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(LineageError, match="under other predictions"):
+        transfer.transfer_test(SMALL, again)
+    told["made_of"]["code"] = "0" * 64
+    (again / "predictions.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(LineageError, match="another predictor"):
+        transfer.transfer_test(SMALL, again)
+    with pytest.raises(LineageError, match="holds another experiment"):
+        transfer.transfer_test(replace(SMALL, measures=Measures(held_out=3)), done)
+
+
+def test_predictions_are_older_than_every_cell_and_come_from_weights_alone(done: Path):
+    written = (done / "predictions.json").stat().st_mtime_ns
+    assert all(f.stat().st_mtime_ns > written for f in (done / "cells").rglob("*.json"))
+    told = json.loads((done / "predictions.json").read_text("utf-8"))["predictions"]
+    assert {(p["base"], p["model"]) for p in told} == {
+        (x.name, y.name) for x in TINY.models for y in TINY.models if x.name != y.name
+    }
+
+
+def test_no_two_adapters_share_initialisation_or_order(done: Path):
+    seeds = [f.read_text("utf-8") for f in sorted((done / "adapters").rglob("*.toml"))]
+    lines = [line for text in seeds for line in text.splitlines() if line.startswith("seed = ")]
+    assert len(lines) == len(set(lines)) == 16
+
+
+def test_an_untouched_cell_is_the_model_and_common_numbers_are_common(done: Path):
+    plain = {(c["target"], c["model"]): c for c in found(done) if c["network"] == "none"}
+    permuted, source = plain["personas", "shuffled"], plain["personas", "tuned"]
+    assert permuted["losses"] == pytest.approx(source["losses"], rel=1e-3)
+    assert all(c["retention_judges"] == {} for c in plain.values())
+    assert len({tuple(c["losses"]) for c in plain.values()}) > 2
+
+
+def test_a_random_adapter_has_the_norms_of_the_trained_one_and_nothing_else(done: Path):
+    trained = open_adapter(next((done / "adapters").rglob("adapter.safetensors")))
+    control = measures.random_like(trained, 3)
+    assert control.modules.keys() == trained.modules.keys()
+    for name, factors in trained.modules.items():
+        a, b = factors.delta().flatten(), control.modules[name].delta().flatten()
+        assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-4)
+        if a.norm() > 0:
+            assert abs(float(torch.nn.functional.cosine_similarity(a, b, 0))) < 0.5
+
+
+def test_one_cell_alone_is_the_one_of_the_full_run(done: Path, tmp_path: Path):
+    alone = tmp_path / "out"
+    shutil.copytree(done / "worlds", alone / "worlds")
+    stamp = json.loads((done / "cells" / "quick-0" / "hina" / "mixed-1.json").read_text("utf-8"))["predictions"]
+    job = cells.Job(alone, SMALL, 0, "hina", "mixed", 1, stamp)
+    cells.run(job)
+    assert job.file.read_bytes() == (done / "cells" / "quick-0" / "hina" / "mixed-1.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[world]\nsize = 'small'", r"unknown table \[world\]. Did you mean"),
+        ("[training]\nstep = 3", "unknown key training.step"),
+        ("[worlds]\nsize = 'huge'", "'huge' is not known"),
+        ("[worlds]\nseeds = []", "name at least one"),
+        ("[measures]\ndraws = 'two'", "measures.draws: 'two'"),
+        ("worlds = 3", r"must be a table"),
+    ],
+)
+def test_settings_that_are_not_understood_are_named(tmp_path: Path, text: str, said: str):
+    file = tmp_path / "experiment.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(LineageError, match=said):
+        Experiment.read(file)
+
+
+def test_command_forecasts_and_writes_result_and_page(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    again = shutil.copytree(done, tmp_path / "out")
+    file = tmp_path / "x.toml"
+    file.write_text(
+        "[worlds]\ncharacters = 1\n[training]\nsteps = 2\npictures = 4\nbatch = 2\nseeds = [0, 1]\nat = [1]\n"
+        "[measures]\nheld_out = 2\ndraws = 1\ndrawn = 2\nsteps = 2\n",
+        encoding="utf-8",
+    )
+    assert cli._exit_code(["transfer-test", str(file), "-o", str(again), "--dry-run"]) == 0
+    assert "16  adapters" in capsys.readouterr().out
+    assert cli._exit_code(["transfer-test", str(file), "-o", str(again), "-q"]) == 0
+    result = load_json(again / "result.json")
+    assert len(result["cells"]) == len(found(done))
+    assert "</html>" in (again / "report.html").read_text("utf-8")
+    assert (again / "cells.csv").exists()
