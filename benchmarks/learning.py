@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--worlds", type=Path, default=DATA)
     args = parser.parse_args()
+    args.worlds = args.worlds.absolute()
     print("| world | base | style | network | held-out loss | share of the full fine-tune's gain |")
     print("|---|---|---|---|---|---|")
     for seed in map(int, args.seeds.split(",")):

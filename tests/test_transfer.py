@@ -78,6 +78,20 @@ def test_what_is_missing_is_done_again_to_the_same_numbers(done: Path, tmp_path:
     assert len(result.cells) == len(found(done))
 
 
+def test_a_folder_may_be_named_from_where_one_stands(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(done / "worlds", "out/worlds")
+    for name in ("experiment.json", "predictions.json"):
+        shutil.copy(done / name, "out")
+    few = [job for job in cells.jobs(Path("out"), SMALL, "") if job.base in (None, "tuned")]
+    monkeypatch.setattr(transfer, "jobs", lambda folder, *_: [replace(job, folder=folder) for job in few])
+    monkeypatch.setattr(transfer, "statistics", lambda *_: None)
+    monkeypatch.setattr(transfer, "hypotheses", lambda *_: ())
+    first = transfer.transfer_test(SMALL, "out").cells
+    Path("out/cells/quick-0/hina/tuned-1.json").unlink()
+    assert transfer.transfer_test(SMALL, "out").cells == first
+
+
 def test_cells_older_than_the_predictions_are_refused(done: Path, tmp_path: Path):
     again = shutil.copytree(done, tmp_path / "out")
     told = json.loads((again / "predictions.json").read_text("utf-8"))
@@ -144,6 +158,10 @@ def test_one_cell_alone_is_the_one_of_the_full_run(done: Path, tmp_path: Path):
         ("[worlds]\nsize = 'huge'", "'huge' is not known"),
         ("[worlds]\nseeds = []", "name at least one"),
         ("[measures]\ndraws = 'two'", "measures.draws: 'two'"),
+        ("[measures]\nheld_out = 1", "measures.held_out: 1 is too small"),
+        ("[measures]\nweight = 0.0", "weight and reference_weight must be more than 0"),
+        ("[training]\nnetwork = 'lokr'", "training.network: 'lokr' is not known"),
+        ("[worlds]\nstyles = 0", "there is no target"),
         ("worlds = 3", r"must be a table"),
     ],
 )

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -242,7 +242,7 @@ def _data(folder: Path) -> DataConfig:
     return DataConfig(folder, resolution=SIDE, bucket_min=SIDE, bucket_max=SIDE)
 
 
-@cache
+@lru_cache(maxsize=32)
 def _opened(file: Path) -> Base:
     return open_base(ModelConfig(file))
 

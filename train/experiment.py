@@ -21,7 +21,7 @@ from lineage.errors import FileError, LineageError
 from lineage.recipe import did_you_mean
 from lineage.transfer_records import Design
 from train.topology import SHAPES
-from train.values import read_value
+from train.values import CHOICES, read_value
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,22 @@ class Measures:
     reference_weight: float = 1.0
 
 
+LEAST = {
+    "training.steps": 1,
+    "training.batch": 1,
+    "training.pictures": 1,
+    "training.clip_skip": 1,
+    "measures.held_out": 2,  # one picture has no standard error
+    "measures.draws": 1,
+    "measures.drawn": 1,
+    "measures.steps": 1,
+}
 TABLES: dict[str, type] = {"worlds": Worlds, "training": Lessons, "measures": Measures}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All settings. LineageError where a size is unknown."""
+    """All settings. LineageError where a value is not allowed, or nothing would be trained."""
 
     worlds: Worlds = field(default_factory=Worlds)
     training: Lessons = field(default_factory=Lessons)
@@ -75,10 +85,22 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.worlds.size not in SHAPES:
             raise LineageError(f"worlds.size: {self.worlds.size!r} is not known. Allowed: {', '.join(SHAPES)}.")
+        for name, least in LEAST.items():
+            if self._value(name) < least:
+                raise LineageError(f"{name}: {self._value(name)} is too small. Allowed: {least} and more.")
+        if self.training.network not in CHOICES["network.algo"]:
+            raise LineageError(f"training.network: {self.training.network!r} is not known.")
+        if not (self.measures.weight > 0 and self.measures.reference_weight > 0):
+            raise LineageError("measures: weight and reference_weight must be more than 0.")
+        if self.worlds.styles + self.worlds.characters < 1:
+            raise LineageError("worlds: styles and characters are 0, so there is no target.")
         for name in ("worlds.seeds", "training.seeds"):
-            table, key = name.split(".")
-            if not getattr(getattr(self, table), key):
+            if not self._value(name):
                 raise LineageError(f"{name}: name at least one.")
+
+    def _value(self, name: str) -> Any:
+        table, key = name.split(".")
+        return getattr(getattr(self, table), key)
 
     @classmethod
     def read(cls, path: Path | None) -> Experiment:

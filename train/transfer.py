@@ -7,6 +7,7 @@ their hash. Stopped at any moment, the same call does what is missing and ends w
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -47,7 +48,8 @@ def transfer_test(
 
     workers: processes; engine, address: a cluster instead (lineage.engines). LineageError where the folder holds
     another experiment, or cells that are older than the predictions."""
-    began, folder = time.monotonic(), Path(folder)
+    # absolute: a training run's settings name its base and data as seen from there
+    began, folder = time.monotonic(), Path(os.path.abspath(folder))
     world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
     for seed in experiment.worlds.seeds:
         world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
