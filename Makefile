@@ -38,7 +38,7 @@ check: setup
 	$(BIN)/pyright
 
 bench: setup
-	set -e; for name in svd signal_rank merge extract scan lora_step; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in svd signal_rank merge extract scan lora_step learning; do $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/zoo.py --plain
 
 clean:
