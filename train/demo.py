@@ -13,7 +13,7 @@ from lineage.recipe import parse
 from lineage.results import write_files
 from train import lessons, pictures, showcase, topology, transfer, world
 from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
-from train.experiment import Experiment, Lessons, Worlds
+from train.experiment import Experiment, Lessons, Measures, Worlds
 
 if TYPE_CHECKING:
     from train.topology import Merge, Model, World
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 WEIGHTS = (0.0, 0.65, 1.0)
 STEPS = 250
-EXPERIMENT = Experiment(training=Lessons(steps=60))
-"""Two seeds of one style: enough for pictures, too little for conclusions, and its page says so."""
+EXPERIMENT = Experiment(training=Lessons(steps=60, seeds=(0,)), measures=Measures(16, 2, 4, steps=12))
+"""One seed of one style: enough for pictures, too little for conclusions, and its page says so."""
 
 
 @dataclass(frozen=True)
