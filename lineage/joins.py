@@ -184,7 +184,7 @@ def _certified(kin: Kin, reading: Reading) -> tuple[Reading, Array]:
         return reading, kin.table[np.ix_(range(len(kin.table)), members, members)]
     table = tensor_table(models, [*kin.matrices, *kin.vectors])
     weights, residual = unmerge.affine(table.sum(0), 0, np.arange(1, len(members))[None])
-    floor = reading.own * (1 + float((weights**2).sum()))
+    floor = reading.own * (unmerge.COARSE + float((weights**2).sum()))
     again = tuple(map(float, weights[0]))
     return Reading(reading.child, reading.parents, again, float(residual[0]), reading.own, floor), table
 
@@ -213,7 +213,7 @@ def _p_value(table: Array, seed: int) -> float:
 
 def _reading(kin: Kin, m: Mixture) -> Reading:
     own = float(kin.rounding[m.child])
-    floor = own * (1 + (1 - m.weight) ** 2 + m.weight**2)
+    floor = own * (unmerge.COARSE + (1 - m.weight) ** 2 + m.weight**2)
     return Reading(m.child, (m.a, m.b), (1 - m.weight, m.weight), m.residual, own, floor)
 
 

@@ -28,7 +28,7 @@ class Thresholds:
     same_root: float = 0.5  # relative distance below which two models grew from one initialisation
     intact_share: float = 0.3  # of the entries, in blocks that are kin, for a damaged copy to count as the same root
     copy_ratio: float = 3.0  # distance over the expected rounding, below which a file is a copy of another
-    merge_ratio: float = 1.2  # residual over the rounding floor up to which an affine reading is exact
+    merge_ratio: float = 1.1  # residual over the rounding floor up to which an affine reading is exact
     merge_weight: float = 0.02  # least weight of a parent
     necessity: float = 1.4  # by which the residual must grow when a parent is left out
     visible: float = 10.0  # squared distance to the nearest parent over the child's rounding, for a merge to be told

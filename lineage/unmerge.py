@@ -19,13 +19,15 @@ from lineage.thresholds import CHOSEN, Thresholds
 
 Array = NDArray[np.float64]
 CHUNK = 4096  # subsets solved in one batch
+COARSE = 1.5  # ulp^2 / 8, the mean square error of a sum that lies on half steps, over ulp^2 / 12
 
 
 @dataclass(frozen=True)
 class Reading:
     """child = sum of weights x parents (weights sum to 1). residual: ||child - sum||^2; own: the rounding energy of the
-    child's storage, sum ulp^2 / 12; floor: own (1 + sum w^2), as every product is rounded too. Parents count as stored:
-    a merge is made of files."""
+    child's storage, sum ulp^2 / 12; floor: own (3/2 + sum w^2), as half precision rounds every product too, and its
+    sums lie on half steps, where the mean square of an error is ulp^2 / 8. Parents count as stored: a merge is made of
+    files."""
 
     child: int
     parents: tuple[int, ...]
@@ -157,7 +159,7 @@ def readings(
 
 def _exact(g: Array, own: float, child: int, sets: NDArray[np.intp], chosen: Thresholds) -> Iterator[Reading]:
     weights, residual = affine(g, child, sets)
-    floor = own * (1 + (weights**2).sum(1))
+    floor = own * (COARSE + (weights**2).sum(1))
     good = (residual <= chosen.merge_ratio * floor) & (np.abs(weights).min(1) >= chosen.merge_weight)
     for i in np.flatnonzero(good):
         if plausible(weights[i]):
