@@ -26,7 +26,7 @@ from train.rank_claim import Protocol, examine
 from train.topology import Model, World
 
 DATA = Path(__file__).parent / "data"
-SMALL = Protocol(ranks=(1, 8), trained=(1,), rates=(3e-3,), pictures=4, draws=2, drawn=4)
+SMALL = Protocol(ranks=(1, 8), trained=(1, 4), rates=(3e-3,), pictures=4, draws=2, drawn=4)
 
 
 def progress(done: int, total: int, label: str) -> None:
@@ -69,7 +69,11 @@ def table(pairs: list[RankPair]) -> str:
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for pair in pairs:
         rows.append(_row(pair, "base", "", "", "", "", pair.base, ""))
-        for kind, points in (("cut", pair.extracted), ("trained", pair.trained)):
+        for kind, points in (
+            ("cut", pair.extracted),
+            ("trained", pair.trained),
+            ("compressed", pair.compressed),
+        ):
             for p in points:
                 rank = "all" if p.rank is None else p.rank
                 shares = ["" if x is None else f"{x:.3f}" for x in (p.energy, p.gaussian)]

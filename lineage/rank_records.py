@@ -24,8 +24,8 @@ class Outcome:
 @dataclass(frozen=True)
 class RankPoint:
     """Base + an adapter of rank k. rank: as asked; narrower matrices hold what they can, null: all ranks.
-    parameters: entries of its factors. energy: share of the squared change of its layers; null where it was trained
-    directly. lr: the rate that was best on other pictures; null where it was extracted."""
+    parameters: entries of its factors. energy: share of the squared change it was cut from; null where it was trained
+    directly. lr: the rate that was best on other pictures; null where it was cut."""
 
     rank: int | None
     parameters: int
@@ -38,7 +38,8 @@ class RankPoint:
 @dataclass(frozen=True)
 class RankPair:
     """One fine-tune. base, tuned: without and with all of it. extracted: its change cut to k ranks; trained: adapters
-    of rank k trained directly, for as many steps on the same pictures. median_side: of its layers' short sides."""
+    of rank k trained directly, for as many steps on the same pictures; compressed: the widest of those cut to the ranks
+    of the others. median_side: of its layers' short sides."""
 
     world: str
     parent: str
@@ -53,6 +54,7 @@ class RankPair:
     tuned: Outcome
     extracted: tuple[RankPoint, ...]
     trained: tuple[RankPoint, ...]
+    compressed: tuple[RankPoint, ...]
 
     @property
     def name(self) -> str:
@@ -72,9 +74,9 @@ class RankPair:
             found = point.rank if point.rank is not None else found
         return found
 
-    def pairs_of(self) -> Iterable[tuple[RankPoint, RankPoint]]:
-        """(extracted, trained) of equal rank."""
-        by_rank = {point.rank: point for point in self.extracted}
+    def pairs_of(self, cut: str) -> Iterable[tuple[RankPoint, RankPoint]]:
+        """(cut, trained) of equal rank; cut: extracted or compressed."""
+        by_rank = {point.rank: point for point in getattr(self, cut)}
         return [(by_rank[t.rank], t) for t in self.trained if t.rank in by_rank]
 
 
@@ -96,7 +98,7 @@ class RankClaimResult:
 
 
 def answer(pairs: Sequence[RankPair]) -> str:
-    """What was found, in three sentences."""
+    """What was found, in words."""
     return " ".join(filter(None, (_enough(pairs), _energy(pairs), _directly(pairs))))
 
 
@@ -120,11 +122,19 @@ def _energy(pairs: Sequence[RankPair]) -> str:
 
 
 def _directly(pairs: Sequence[RankPair]) -> str:
-    both = [(pair, cut, trained) for pair in pairs for cut, trained in pair.pairs_of()]
-    if not both:
+    if not any(pair.trained for pair in pairs):
         return "No adapter was trained directly."
-    better = sum(trained.outcome.loss < cut.outcome.loss for _, cut, trained in both)
-    return (
-        f"Trained directly at equal rank and steps, an adapter has a lower held-out loss than the fine-tune's change "
-        f"cut to that rank in {better} of {len(both)} cases."
+    found = (
+        f"the {what} cut to that rank in {better} of {total} cases"
+        for kind, what in (("extracted", "fine-tune's change"), ("compressed", "widest adapter"))
+        for better, total in [_better(pairs, kind)]
+        if total
     )
+    return (
+        "Trained directly for as many steps, an adapter has a lower held-out loss than " + ", than ".join(found) + "."
+    )
+
+
+def _better(pairs: Sequence[RankPair], kind: str) -> tuple[int, int]:
+    both = [(cut, trained) for pair in pairs for cut, trained in pair.pairs_of(kind)]
+    return sum(trained.outcome.loss < cut.outcome.loss for cut, trained in both), len(both)

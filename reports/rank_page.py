@@ -11,7 +11,12 @@ from reports.page import Page, Safe, footer, h, listing, panel, plot, plot_text,
 from reports.wording import UNKNOWN, count, number, percent
 
 Reading = Callable[[RankPair, RankPoint], float | None]
-KINDS = {"extracted": "cut to k ranks", "trained": "trained at rank k"}
+KINDS = {
+    "extracted": "fine-tune cut to k ranks",
+    "trained": "trained at rank k",
+    "compressed": "widest trained, cut to k ranks",
+}
+COLOURS = {"extracted": "@signal", "trained": "@mark", "compressed": "@muted"}
 
 
 def rank_page(result: RankClaimResult) -> Page:
@@ -70,7 +75,7 @@ def scores(result: RankClaimResult) -> Figure:
 
 def _both(result: RankClaimResult, read: Reading, form: str) -> list[Figure]:
     found = []
-    for kind, colour in (("extracted", "@signal"), ("trained", "@mark")):
+    for kind, colour in COLOURS.items():
         found += _mean(result.pairs, kind, read, KINDS[kind], colour, form, "solid")
         found += _dots(result.pairs, kind, read, colour, form)
     return found

@@ -31,7 +31,9 @@ from train.rank_claim import energy, null, short_side
 RANKS = (1, 2, 4, 8)
 
 
-def pair(gains: list[float], name: str = "child", trained: tuple[float, ...] = ()) -> RankPair:
+def pair(
+    gains: list[float], name: str = "child", trained: tuple[float, ...] = (), compressed: tuple[float, ...] = ()
+) -> RankPair:
     """From a loss of 0.5 to one of 0.3; cut to RANKS and to all ranks it has the `gains`."""
 
     def at(gain: float, rank: int | None, **more) -> RankPoint:
@@ -39,9 +41,12 @@ def pair(gains: list[float], name: str = "child", trained: tuple[float, ...] = (
 
     cut = [at(g, k, energy=0.5, gaussian=0.2) for g, k in zip(gains, (*RANKS, None), strict=True)]
     learned = tuple(at(g, k, lr=3e-3) for g, k in zip(trained, RANKS, strict=False))
+    smaller = tuple(at(g, k) for g, k in zip(compressed, RANKS, strict=False))
     outcomes = {"base": Outcome(0.5, 0.1), "tuned": Outcome(0.3, 0.7)}
     facts: Any = {"steps": 9, "lr": 1e-4, "relative": 0.1, "median_side": 96, "effective_rank": 50.0, **outcomes}
-    return RankPair("quick-0", "parent", name, ("a",), **facts, extracted=tuple(cut), trained=learned)
+    return RankPair(
+        "quick-0", "parent", name, ("a",), **facts, extracted=tuple(cut), trained=learned, compressed=smaller
+    )
 
 
 def result(*pairs: RankPair) -> RankClaimResult:
@@ -102,10 +107,11 @@ def test_the_short_side_is_the_largest_rank():
 
 def test_the_answer_counts():
     few = pair([0.2, 0.95, 0.96, 0.97, 1.0], trained=(0.9, 0.5))
-    none = pair([0.1, 0.2, 0.3, 0.4, 1.0], trained=(0.05, 0.9))
+    none = pair([0.1, 0.2, 0.3, 0.4, 1.0], trained=(0.05, 0.9), compressed=(0.01,))
     said = answer([few, none])
     assert "from rank 2 of 96 on; in 1 of 2 no rank is enough" in said
     assert "in 2 of 4 cases" in said  # 0.9 over 0.2 and 0.9 over 0.2; 0.5 and 0.05 lie below
+    assert "in 1 of 1 cases" in said
     assert answer([none]).startswith("No rank")
 
 
@@ -118,7 +124,7 @@ def test_the_page_shows_what_was_measured_and_no_markup_of_names():
     assert "<b>x</b>" in "".join(seen.words)
     for figure in (gains(made), scores(made)):
         go.Figure(json.loads(re.sub(r'"@[a-z-]+"', '"#123456"', json.dumps(figure))))  # the page resolves colours
-    line = next(t for t in gains(made)["data"] if t.get("name") == "cut to k ranks")
+    line = next(t for t in gains(made)["data"] if t.get("name") == "fine-tune cut to k ranks")
     assert line["x"] == list(RANKS)
     assert line["y"] == pytest.approx([0.15, 0.3, 0.4, 0.5])
 

@@ -39,13 +39,13 @@ WIDEST = 2**20
 
 @dataclass(frozen=True)
 class Protocol:
-    """ranks: of extraction, ascending. trained: ranks of direct training, at each of `rates`; the best one on pictures
-    of the part "rates" counts. pictures: held out, of each style; draws: timesteps and noises of each; drawn: by each
-    model, for the judge."""
+    """ranks: of extraction, ascending. trained: ranks of direct training, ascending, at each of `rates`; the best one
+    on pictures of the part "rates" counts; the widest is then compressed to the others. pictures: held out, of each
+    style; draws: timesteps and noises of each; drawn: by each model, for the judge."""
 
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    trained: tuple[int, ...] = (1, 8)
-    rates: tuple[float, ...] = (3e-3, 1e-2)
+    trained: tuple[int, ...] = (1, 4, 32)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     pictures: int = 24
     draws: int = 8
     drawn: int = 12
@@ -97,7 +97,7 @@ def examine(
     assert model.parent
     parent, child = (model_file(folder, m) for m in (model.parent, model.name))
     base, examiner = pipeline.load(parent), Examiner(world, model, judge, protocol)
-    total, count = 3 + len(protocol.ranks) + len(protocol.trained), 0
+    total, count = 2 + len(protocol.ranks) + 2 * len(protocol.trained), 0
 
     def told(found: Found, label: str) -> Found:
         nonlocal count
@@ -111,7 +111,10 @@ def examine(
     cut = [
         told(extracted(base, parent, child, k, examiner), f"extracted, {k or 'all'}") for k in (*protocol.ranks, None)
     ]
-    learned = [told(trained(world, parent, model, k, examiner), f"trained, {k}") for k in protocol.trained]
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "trained.safetensors"
+        learned = [told(trained(world, parent, model, k, examiner, file), f"trained, {k}") for k in protocol.trained]
+        smaller = [told(compressed(base, file, k, examiner), f"compressed, {k}") for k in protocol.trained[:-1]]
     found = lineage.svd(parent, child, components=("unet", "text_encoder"), solver="full")
     return RankPair(
         world=name,
@@ -124,6 +127,7 @@ def examine(
         tuned=after,
         extracted=tuple(cut),
         trained=tuple(learned),
+        compressed=tuple(smaller),
         **facts(found),
     )
 
@@ -148,10 +152,23 @@ def extracted(base: pipeline.Pipeline, parent: Path, child: Path, rank: int | No
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "cut.safetensors"
         made = lineage.extract(parent, child, file, rank=rank or WIDEST)
-        size = sum(t.numel() for module in open_adapter(file).modules.values() for t in module.tensors.values())
-        with Applied(base.unet, [base.text_encoder], [(file, 1.0)]):
-            outcome = examiner.outcome(base)
-    return RankPoint(rank, size, outcome, energy(made.layers), null(made.layers))
+        return RankPoint(rank, *applied(base, file, examiner), energy(made.layers), null(made.layers))
+
+
+def compressed(base: pipeline.Pipeline, file: Path, rank: int, examiner: Examiner) -> RankPoint:
+    """The adapter in `file` cut to `rank` after its training, put on `base`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        small = Path(scratch) / "small.safetensors"
+        made = lineage.resize(file, small, rank=rank)
+        return RankPoint(rank, *applied(base, small, examiner), energy(made.layers))
+
+
+def applied(base: pipeline.Pipeline, file: Path, examiner: Examiner) -> tuple[int, Outcome]:
+    """(entries of the adapter's factors, what it does on `base`)."""
+    adapter = open_adapter(file)
+    with Applied(base.unet, [base.text_encoder], [(adapter, 1.0)]):
+        outcome = examiner.outcome(base)
+    return sum(t.numel() for module in adapter.modules.values() for t in module.tensors.values()), outcome
 
 
 def energy(layers: Sequence[AdaptedLayer]) -> float:
@@ -171,15 +188,16 @@ def _mean(values: Sequence[float], layers: Sequence[AdaptedLayer]) -> float:
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
-def trained(world: World, parent: Path, model: Model, rank: int, examiner: Examiner) -> RankPoint:
+def trained(world: World, parent: Path, model: Model, rank: int, examiner: Examiner, file: Path) -> RankPoint:
     """A LoCon of `rank` trained on the parent as `model` was: pictures, batches and steps the same, at the rate whose
-    loss on other pictures is the lowest."""
+    loss on other pictures is the lowest. Written to `file`."""
     other = Examiner(world, model, examiner.judge, examiner.protocol, part="rates")
     found = []
     for lr in examiner.protocol.rates:
         tuned, network = learn(world, parent, model, rank, lr)
         found.append((other.loss(tuned), lr, tuned, network))
     _, lr, tuned, network = min(found, key=lambda f: f[:2])
+    network.save(file, {})
     return RankPoint(rank, sum(p.numel() for p in network.parameters()), examiner.outcome(tuned), lr=lr)
 
 
