@@ -22,7 +22,7 @@ import torch
 from lineage.adapters import Adapter, open_adapter
 from train import lessons, pictures, pipeline, topology, world
 from train.applied import Applied
-from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
+from train.config import SaveConfig
 from train.fit import Plan, denoising_loss, encode_latents, encode_text, fit_denoiser, pixels
 from train.loop import train
 from train.measures import random_like
@@ -30,9 +30,8 @@ from train.sample import grid
 from train.topology import World
 
 DATA = Path(__file__).parent / "data" / "worlds"
-RATES = {"loha": 2e-2, "locon": 1e-2, "lora": 1e-2}
 FULL = 5e-4
-BATCH, DRAWS = 16, 8
+DRAWS = 8
 
 
 class Lesson:
@@ -59,12 +58,12 @@ class Lesson:
         """(name, held-out loss, pictures): the base, a full fine-tune, each kind of adapter, a random one."""
         tuned = pipeline.load(self.file)
         yield "base", self.loss(tuned), self.draw(tuned)
-        plan = Plan(self.steps, FULL, batch=BATCH, weight_cap=1.0)
+        plan = Plan(self.steps, FULL, batch=lessons.BATCH, weight_cap=1.0)
         for _ in fit_denoiser(tuned, self.shown, plan, self.plan.seed):
             pass
         yield "full", self.loss(tuned), self.draw(tuned)
         tuned = pipeline.load(self.file)
-        adapters: dict[str, Adapter] = {algo: open_adapter(self.train(algo)) for algo in RATES}
+        adapters: dict[str, Adapter] = {algo: open_adapter(self.train(algo)) for algo in lessons.RATES}
         adapters["random"] = random_like(adapters["loha"], self.plan.seed)
         for name, adapter in adapters.items():
             with Applied(tuned.unet, [tuned.text_encoder], [(adapter, 1.0)]):
@@ -72,29 +71,10 @@ class Lesson:
 
     def train(self, algo: str) -> Path:
         """The finished adapter; a run that is there is not repeated."""
-        home, side = self.folder / "learning", pictures.SIZE
-        config = Config(
-            ModelConfig(self.file),
-            DataConfig(
-                lessons.write_pictures(home / "pictures", f"by {self.style}", self.shown),
-                resolution=side,
-                bucket_min=side,
-                bucket_max=side,
-                shuffle=True,
-                keep_tokens=1,
-                caption_dropout=0.1,
-            ),
-            NetworkConfig(algo=algo),
-            TrainingConfig(
-                steps=self.steps,
-                batch=BATCH,
-                optimizer="adamw",
-                lr=RATES[algo],
-                scheduler="cosine",
-                seed=self.plan.seed,
-            ),
-            save=SaveConfig(home / f"{algo}-{self.steps}", at=()),
-        )
+        home = self.folder / "learning"
+        shown = lessons.write_pictures(home / "pictures", f"by {self.style}", self.shown)
+        save = SaveConfig(home / f"{algo}-{self.steps}", at=())
+        config = lessons.lesson(self.file, shown, save, steps=self.steps, algo=algo, seed=self.plan.seed)
         for _ in train(config):
             pass
         return config.save.folder / f"{config.name}.safetensors"

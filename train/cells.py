@@ -24,7 +24,7 @@ from lineage.results import write_files
 from lineage.transfer_records import CHARACTER, NONE, RANDOM, STYLE, Cell
 from train import lessons, measures, pictures, topology, world
 from train.applied import Applied
-from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
+from train.config import ModelConfig, SaveConfig
 from train.experiment import Experiment
 from train.judge import KINDS, Judge, Kind
 from train.loop import train
@@ -140,27 +140,20 @@ class _Bench:
         lesson, job = self.experiment.training, self.job
         shown = self.pictures("lesson", lesson.pictures)
         data = lessons.write_pictures(self.home / "lessons" / f"{job.target}-{lesson.pictures}", job.target, shown)
+        home = job.folder / "adapters" / job.world / job.target / f"{base}-{job.seed}"
         told = f"{job.world} {job.target} {base} {job.seed}"
-        seed = int(hashlib.sha256(told.encode()).hexdigest()[:8], 16)
-        config = Config(
-            ModelConfig(world.model_file(self.home, base)),
-            replace(_data(data), shuffle=True, keep_tokens=2, caption_dropout=0.1, clip_skip=lesson.clip_skip),
-            NetworkConfig(algo=lesson.network),
-            TrainingConfig(
-                steps=lesson.steps,
-                batch=lesson.batch,
-                optimizer="adamw",
-                lr=lesson.lr,
-                scheduler="cosine",
-                seed=seed % 2**31,
-            ),
-            save=SaveConfig(
-                job.folder / "adapters" / job.world / job.target / f"{base}-{job.seed}", at=lesson.at, name="adapter"
-            ),
+        seed = int(hashlib.sha256(told.encode()).hexdigest()[:8], 16) % 2**31
+        save = SaveConfig(home, at=lesson.at, name="adapter")
+        usual = lessons.lesson(
+            world.model_file(self.home, base), data, save, steps=lesson.steps, algo=lesson.network, seed=seed
+        )
+        config = replace(
+            usual,
+            data=replace(usual.data, keep_tokens=2, clip_skip=lesson.clip_skip),
+            training=replace(usual.training, batch=lesson.batch, lr=lesson.lr),
         )
         for _ in train(config, device="cpu"):
             pass
-        home = config.save.folder
         kept = {
             step: open_adapter(home / f"adapter-{step:06d}.safetensors") for step in lesson.at if step < lesson.steps
         }
@@ -202,7 +195,7 @@ class _Bench:
 
     def losses(self, base: Base, shown: Sequence[Picture], name: str) -> list[float]:
         folder = lessons.write_pictures(self.home / "held-out" / name, name, shown)
-        found = measures.held_out(folder, _data(folder), len(shown))
+        found = measures.held_out(folder, lessons.data(folder), len(shown))
         settings = self.experiment
         return measures.losses(base, found, settings.measures.draws, settings.training.clip_skip)
 
@@ -236,10 +229,6 @@ class _Bench:
         (self.job.folder / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(row.permute(1, 2, 0).numpy()).save(self.job.folder / file)
         return file.as_posix()
-
-
-def _data(folder: Path) -> DataConfig:
-    return DataConfig(folder, resolution=SIDE, bucket_min=SIDE, bucket_max=SIDE)
 
 
 @lru_cache(maxsize=32)

@@ -12,7 +12,7 @@ import lineage
 from lineage.recipe import parse
 from lineage.results import write_files
 from train import lessons, pictures, showcase, topology, transfer, world
-from train.config import Config, DataConfig, ModelConfig, NetworkConfig, SaveConfig, TrainingConfig
+from train.config import Config, SaveConfig
 from train.experiment import Experiment, Lessons, Measures, Worlds
 
 if TYPE_CHECKING:
@@ -110,14 +110,8 @@ def lesson(plan: World, folder: Path, base: Model, style: str, steps: int) -> Co
     """The trainer's settings for a LoHa of `style` on one model of the world; writes the pictures beside it."""
     shown = pictures.gallery([style], 100, plan.seed, "lesson")
     data = lessons.write_pictures(folder / "loha" / "pictures", f"by {style}", shown)
-    side = pictures.SIZE
-    return Config(
-        ModelConfig(world.model_file(folder, base.name), folder / "config"),
-        DataConfig(data, resolution=side, bucket_min=side, bucket_max=side, keep_tokens=1, caption_dropout=0.1),
-        NetworkConfig(),
-        TrainingConfig(steps=steps, batch=16, optimizer="adamw", lr=2e-2, scheduler="cosine"),
-        save=SaveConfig(folder / "loha" / "run", at=(), name=f"{style}-on-{base.name}"),
-    )
+    save = SaveConfig(folder / "loha" / "run", at=(), name=f"{style}-on-{base.name}")
+    return lessons.lesson(world.model_file(folder, base.name), data, save, steps=steps, seed=plan.seed)
 
 
 def _weights(plan: World, folder: Path, base: Model, style: str, file: Path) -> bytes:
