@@ -41,14 +41,15 @@ GIB = 2**30
 
 
 class Part(nn.Module):
-    """A UNet or one of its blocks, called by keywords; answers a tensor."""
+    """A UNet, or one block under the `place` that makes it a target, called by keywords; answers a tensor."""
 
-    def __init__(self, part: nn.Module):
+    def __init__(self, part: nn.Module, place: str = "part"):
         super().__init__()
-        self.part = part.requires_grad_(False)
+        self.run = part.requires_grad_(False).forward
+        self.add_module(place, nn.ModuleList([part]))
 
     def forward(self, **inputs: Any) -> Tensor:
-        out = self.part(**inputs)
+        out = self.run(**inputs)
         return out if isinstance(out, Tensor) else out[0]
 
 
@@ -198,10 +199,10 @@ def blocks() -> Iterator[Case]:
         latents, words = random(1, width, side, side), random(1, 77, 768)
         transformer = partial(Transformer2DModel, 8, width // 8, width, cross_attention_dim=768)
         inputs = {"hidden_states": latents, "encoder_hidden_states": words}
-        yield Case(f"transformer {width}, {side}x{side}", lambda make=transformer: Part(make()), inputs)
+        yield Case(f"transformer {width}, {side}x{side}", lambda make=transformer: Part(make(), "attentions"), inputs)
         resnet = partial(ResnetBlock2D, in_channels=width, temb_channels=1280)
         inputs = {"input_tensor": latents, "temb": torch.randn(1, 1280)}
-        yield Case(f"resnet {width}, {side}x{side}", lambda make=resnet: Part(make()), inputs)
+        yield Case(f"resnet {width}, {side}x{side}", lambda make=resnet: Part(make(), "resnets"), inputs)
 
 
 def unet(kind: str, batch: int, side: int, device: str = "cpu", checkpointing: bool = False) -> Case:
