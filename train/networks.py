@@ -21,6 +21,7 @@ from lineage.factors import Factors, factors
 from train.config import Config, NetworkConfig
 from train.factored import adapted, op_of
 from train.targets import Target, targets
+from train.together import Together, shifted
 
 __all__ = ["Network", "targets"]
 
@@ -47,6 +48,7 @@ class Network:
         self._layers = [_Layer(target, config, generator, self) for target in chosen]
         for layer in self._layers:
             _injected(layer.target.module).layers.append(layer)
+        self._together = [Together(model, self._layers) for model in (unet, *text_encoders)]
 
     def parameters(self, component: str = "") -> list[nn.Parameter]:
         """All factors, or those on "unet", "text_encoder" or "text_encoder_2"."""
@@ -99,13 +101,15 @@ class Network:
 
     def remove(self) -> None:
         """The models as they were; a second call does nothing."""
+        for together in self._together:
+            together.remove()
         for layer in self._layers:
             found = _injected(layer.target.module)
             found.layers.remove(layer)
             found.leave_if_empty()
         for parameter, required in self._frozen:
             parameter.requires_grad_(required)
-        self._layers, self._frozen = [], []
+        self._layers, self._frozen, self._together = [], [], []
 
 
 _OTHER = "The network has other settings than the one that was saved."
@@ -120,6 +124,7 @@ class _Layer:
     alpha: float
     scale: float
     network: Network
+    delta: Tensor | None = None  # scaled; while its model's forward pass runs, where it was made with those of others
 
     def __init__(self, target: Target, config: NetworkConfig, generator: torch.Generator, network: Network):
         rank, self.alpha = _rank_alpha(target, config) or (0, 0.0)
@@ -131,6 +136,11 @@ class _Layer:
         device = target.module.weight.device
         self.slots = {slot: nn.Parameter(t.to(device)) for slot, t in made.items()}
         self.op = op_of(target.module)
+
+    @property
+    def strength(self) -> float:
+        """What the product of the factors is multiplied with."""
+        return self.scale * self.network.multiplier
 
     def pairs(self) -> list[Tensor]:
         """left (out, r), right (r, columns), once for LoRA, twice for LoHa; with gradient to the parameters."""
@@ -146,8 +156,9 @@ class _Layer:
     def __call__(self, x: Tensor, alone: bool) -> Tensor:
         """The layer's output with these factors, or only what they add to it."""
         module = self.target.module
-        scale = self.scale * self.network.multiplier
-        return adapted(x, module.weight, module.bias, self.pairs(), scale, self.op, alone=alone)
+        if self.delta is not None and not alone:
+            return shifted(x, module.weight, module.bias, self.delta, self.op)
+        return adapted(x, module.weight, module.bias, self.pairs(), self.strength, self.op, alone=alone)
 
 
 class _Injected:
