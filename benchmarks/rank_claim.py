@@ -3,7 +3,7 @@
     python benchmarks/rank_claim.py [-o OUT] [--worlds quick:0,quick:1] [--small]
 
 Makes the worlds in benchmarks/data/worlds where they are not there yet, measures every fine-tune of each, writes
-result.json and report.html to OUT, and prints a table in Markdown. Each pair is kept as soon as it is measured, and the
+result.json and report.html to OUT, and prints tables in Markdown. Each pair is kept as soon as it is measured, and the
 same command continues. Held-out loss and the judge's score of base + rank-k change for k = 1, 2, 4, ... stand beside
 adapters of the same ranks trained directly.
 """
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from lineage.rank_records import RankClaimResult, RankPair, answer
+from lineage.rank_records import RankClaimResult, RankPair, RankPoint, answer
 from lineage.records import restore
 from lineage.results import dumps, provenance, to_json, write_files
 from reports.build import build
@@ -63,29 +63,32 @@ def _fits(file: Path, protocol: Protocol) -> bool:
     return file.exists() and _read(file)["protocol"] == json.loads(json.dumps(asdict(protocol)))
 
 
-def table(pairs: list[RankPair]) -> str:
-    """Markdown: a row for each fine-tune and rank."""
-    heads = ("fine-tune", "model", "rank", "entries", "energy", "Gaussian", "loss", "gain", "score", "rate")
-    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for pair in pairs:
-        rows.append(_row(pair, "base", "", "", "", "", pair.base, ""))
-        for kind, points in (
-            ("cut", pair.extracted),
-            ("trained", pair.trained),
-            ("compressed", pair.compressed),
-        ):
-            for p in points:
-                rank = "all" if p.rank is None else p.rank
-                shares = ["" if x is None else f"{x:.3f}" for x in (p.energy, p.gaussian)]
-                rows.append(_row(pair, kind, rank, p.parameters, *shares, p.outcome, p.lr or ""))
-        rows.append(_row(pair, "fine-tune", "", "", "", "", pair.tuned, pair.lr))
-    return "\n".join(rows)
+READINGS: dict[str, Callable[[RankPair, RankPoint], float | None]] = {
+    "gain": lambda pair, point: pair.gain(point.outcome),
+    "judge's score": lambda _, point: point.outcome.score,
+    "energy": lambda _, point: point.energy,
+    "energy of a Gaussian change": lambda _, point: point.gaussian,
+}
+ADAPTERS = {"extracted": "cut", "trained": "trained", "compressed": "compressed"}
 
 
-def _row(pair: RankPair, kind: str, *cells: Any) -> str:
-    *facts, outcome, rate = cells
-    seen = (f"{outcome.loss:.5f}", f"{pair.gain(outcome):.3f}", f"{outcome.score:.3f}", rate)
-    return "| " + " | ".join(map(str, (pair.name, kind, *facts, *seen))) + " |"
+def table(pairs: list[RankPair], reading: str) -> str:
+    """Markdown: a row for each fine-tune, a column for each adapter that has the reading."""
+    read = READINGS[reading]
+    rows = [
+        {"fine-tune": pair.name}
+        | {
+            f"{name} {'all' if point.rank is None else point.rank}": f"{value:.2f}"
+            for kind, name in ADAPTERS.items()
+            for point in getattr(pair, kind)
+            for value in [read(pair, point)]
+            if value is not None
+        }
+        for pair in pairs
+    ]
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
@@ -107,7 +110,7 @@ def main() -> None:
     )
     files = {"result.json": dumps(result), "report.html": build(to_json(result))}
     write_files(options.output, files, force=True)
-    print(f"{result.answer}\n\n{table(pairs)}")
+    print(result.answer, *(f"{reading}\n\n{table(pairs, reading)}" for reading in READINGS), sep="\n\n")
 
 
 if __name__ == "__main__":

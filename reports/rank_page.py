@@ -66,7 +66,7 @@ def scores(result: RankClaimResult) -> Figure:
         y = fmean(o.score for o in outcomes) if outcomes else 0.0
         line = {"color": "@muted", "width": 1, "dash": "dot"}
         shapes.append({"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": y, "y1": y, "line": line})
-        text = {"x": 0.01, "xref": "paper", "y": y, "text": name, "xanchor": "left", "yshift": 9, "showarrow": False}
+        text = {"x": 0.42, "xref": "paper", "y": y, "text": name, "yshift": 9, "showarrow": False}
         notes.append({**text, "font": {"color": "@muted", "size": 12}})
     layout = _layout(result, "judge's score", ".2f")
     traces = _both(result, lambda _, point: point.outcome.score, ".3f")

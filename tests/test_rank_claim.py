@@ -129,6 +129,15 @@ def test_the_page_shows_what_was_measured_and_no_markup_of_names():
     assert line["y"] == pytest.approx([0.15, 0.3, 0.4, 0.5])
 
 
+def test_a_table_has_a_column_for_each_adapter_that_has_the_reading():
+    pairs = [pair([0.1, 0.2, 0.3, 0.4, 0.99], trained=(0.5, 0.6), compressed=(0.45,)), pair([0.1] * 5, "other")]
+    heads, _, first, second = script.table(pairs, "gain").splitlines()
+    assert heads == "| fine-tune | cut 1 | cut 2 | cut 4 | cut 8 | cut all | trained 1 | trained 2 | compressed 1 |"
+    assert first.endswith("| 0.10 | 0.20 | 0.30 | 0.40 | 0.99 | 0.50 | 0.60 | 0.45 |")
+    assert second.endswith("| 0.10 |  |  |  |")
+    assert "trained" not in script.table(pairs, "energy")
+
+
 def test_a_kept_pair_is_measured_again_under_another_protocol(tmp_path, monkeypatch):
     asked = []
 
