@@ -658,6 +658,7 @@ def demo(run: Run, seed: int, show: bool) -> None:
     folder, stops = run.folder, []
     with extras("demo"), run.progress() as progress:
         from lineage import results
+        from reports.build import ANSWERS
         from reports.tour_page import Stop, tour
         from train.demo import demo as stations
 
@@ -666,7 +667,9 @@ def demo(run: Run, seed: int, show: bool) -> None:
             if station.result is not None:
                 replace(run, folder=folder / station.name, force=True).save(station.result)
             report = f"{station.name}/report.html" if station.result is not None else None
-            stops.append(Stop(station.title, station.words, station.picture and station.picture.read_bytes(), report))
+            found = ANSWERS[type(station.result)](station.result) if station.result is not None else None
+            picture = station.picture and station.picture.read_bytes()
+            stops.append(Stop(station.title, station.words, found, picture, report))
         results.write_files(folder, {"index.html": tour("A family of miniature models", stops)}, force=True)
     run.say(f"The page: {folder / 'index.html'}")
     if show:

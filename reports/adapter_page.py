@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -94,8 +95,18 @@ def error_dots(layers: Sequence[AdaptedLayer]) -> Figure:
         "marker": {"color": "@accent", "size": 7, "opacity": 0.6},
         "hovertemplate": "%{customdata[0]}<br>rank %{customdata[1]}, change %{x:.3g}, error %{y:.1%}<extra></extra>",
     }
-    axes = {"xaxis": {"type": "log"}, "yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
-    return {"data": [dots], "layout": {**axes, "height": 420}}
+    across = {"type": "log", "title": {"text": "size of the change"}, **_decades([x for x in dots["x"] if x > 0])}
+    up = {"tickformat": ".0%", "rangemode": "tozero", "title": {"text": "error"}}
+    return {"data": [dots], "layout": {"xaxis": across, "yaxis": up, "height": 420}}
+
+
+def _decades(sizes: Sequence[float]) -> Figure:
+    """Ticks at 1, 2 and 5 of every decade in which a size lies, written out."""
+    if not sizes:
+        return {}
+    low, high = (math.floor(math.log10(f(sizes))) for f in (min, max))
+    ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def _blocks(result: AdapterResult) -> Safe:

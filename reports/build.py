@@ -17,7 +17,9 @@ from lineage.results import MergeResult, SvdResult
 from lineage.transfer_records import TransferResult
 from reports.adapter_page import adapter_page
 from reports.cluster_page import cluster_page
+from reports.cluster_words import answer as cluster_answer
 from reports.embedding import embedded
+from reports.merge_page import answer as merge_answer
 from reports.merge_page import merge_page
 from reports.page import Page, assemble, visible
 from reports.predict_page import predict_page
@@ -25,6 +27,7 @@ from reports.rank_page import rank_page
 from reports.rates_page import rates_page
 from reports.svd_page import svd_page
 from reports.transfer_page import transfer_page
+from reports.transfer_words import answer as transfer_answer
 from train.rates import RatesResult
 
 PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
@@ -37,6 +40,15 @@ PAGES: dict[str, tuple[type, Callable[[Any], Page]]] = {
     "rates": (RatesResult, rates_page),
     "transfer": (TransferResult, transfer_page),
 }
+
+
+ANSWERS: dict[type, Callable[[Any], str]] = {
+    SvdResult: lambda result: result.summary.answer,
+    MergeResult: merge_answer,
+    ClusterResult: cluster_answer,
+    TransferResult: transfer_answer,
+}
+"""The sentence on top of a result's page, where other pages quote it."""
 
 
 def build(result: dict[str, Any], folder: Path | None = None) -> str:

@@ -82,9 +82,10 @@ const Forest = (() => {
     const found = into.get(node).filter((edge) => edge.label && standing(edge.parent) !== node);
     found.sort((a, b) => standing(a.parent).y - standing(b.parent).y || a.index - b.index);
     const middle = node.y + HEIGHT / 2 + 4;
+    const step = found.length === 2 ? 17 : 11; // two stand above and below their lines
     const lone = found.length === 1 ? (standing(found[0].parent).y > node.y + 1 ? 10 : -8) : 0;
     return found.map((edge, i) => svg("text", {
-      x: node.x - 12, y: middle + lone + 11 * (i - (found.length - 1) / 2), class: "factor", "text-anchor": "end", "data-edge": edge.index,
+      x: node.x - 12, y: middle + lone + step * (i - (found.length - 1) / 2), class: "factor", "text-anchor": "end", "data-edge": edge.index,
     }, edge.label));
   }
 

@@ -26,7 +26,7 @@ def merge_page(result: MergeResult) -> Page:
     figures: dict[str, Figure] = {}
     outputs = [_output(o, i, figures) for i, o in enumerate(result.outputs)]
     body = (
-        h("header", _eyebrow(result), h("h1", _headline(result)), _arithmetic(result), _warnings(result), class_="top"),
+        h("header", _eyebrow(result), h("h1", answer(result)), _arithmetic(result), _warnings(result), class_="top"),
         h("main", _tree(result), outputs, _keys(result), _inputs(result), _recipe(result)),
         footer(result.provenance),
     )
@@ -38,7 +38,8 @@ def _eyebrow(result: MergeResult) -> Safe:
     return h("p", h("span", verb, class_="badge"), " ", h("b", result.recipe_name), class_="eyebrow")
 
 
-def _headline(result: MergeResult) -> str:
+def answer(result: MergeResult) -> str:
+    """One sentence: what was made, from how many models."""
     names = " and ".join(o.name for o in result.outputs) or "Nothing"
     done = "would be made" if result.dry_run else "made"
     adapters = len({name for s in result.steps for name in s.adapters})

@@ -139,7 +139,14 @@ def listing(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Safe | None:
 def footer(p: Provenance) -> Safe:
     """Where the numbers come from: command, versions, inputs and their hashes."""
     seconds = None if p.seconds is None else f"{p.seconds:.3g} s"
-    facts = [("Version", p.version), ("torch", p.torch), ("Device", p.device), ("Seed", p.seed), ("Date", p.date)]
+    facts = [
+        ("Command", p.command),
+        ("Version", p.version),
+        ("torch", p.torch),
+        ("Device", p.device),
+        ("Seed", p.seed),
+        ("Date", p.date),
+    ]
     terms = [(h("dt", k), h("dd", v)) for k, v in [*facts, ("Took", seconds)] if v not in (None, "")]
     rows = [
         (role, i.get("path", ""), _bytes(i.get("bytes")), h("code", i.get("sha256") or "unknown"))
@@ -148,7 +155,6 @@ def footer(p: Provenance) -> Safe:
     return h(
         "footer",
         h("h2", "Where these numbers come from"),
-        h("pre", h("code", p.command)),
         h("dl", terms, class_="facts"),
         listing(("Input", "File", "Size", "sha256"), rows),
     )

@@ -6,15 +6,16 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reports.page import Page, Safe, assemble, h, panel, section
+from reports.page import Page, Safe, assemble, h, section
 
 
 @dataclass(frozen=True)
 class Stop:
-    """`picture`: a PNG, or None; `report`: path of a page, relative to this one."""
+    """`answer`: one sentence of its report; `picture`: a PNG; `report`: path of a page, relative to this one."""
 
     title: str
     words: str
+    answer: str | None = None
     picture: bytes | None = None
     report: str | None = None
 
@@ -29,4 +30,5 @@ def _stop(stop: Stop) -> Safe:
     source = stop.picture and f"data:image/png;base64,{base64.b64encode(stop.picture).decode()}"
     shown = source and h("div", h("img", src=source, alt=stop.words), class_="pictures")
     link = stop.report and h("p", h("a", "The full report", href=stop.report))
-    return section(stop.title, (stop.words,), panel(shown, link))
+    found = stop.answer and h("p", stop.answer)
+    return section(stop.title, (stop.words,), h("div", found, shown, link, class_="panel stop"))
