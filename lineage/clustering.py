@@ -103,7 +103,7 @@ def cluster(
     days = read_dates(dates, names) if dates else {}
     choice = choose([m.print.bytes for m in models], sketch=sketch, limit=LIMIT if add is None else ADD_LIMIT)
     options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days, chosen))
-    grown = list(_grown(models, options, progress))
+    grown = list(forest(models, options, progress))
     seconds = time.monotonic() - began
     return records(
         Found(scanned, models, grown, choice, said, days, min_confidence, seed, seconds, added, metadata=metadata)
@@ -154,7 +154,7 @@ def _known(
     return tuple(pairs)
 
 
-def _grown(models: Sequence[Model], options: Options, progress: Progress | None) -> Iterator[Tree]:
+def forest(models: Sequence[Model], options: Options, progress: Progress | None = None) -> Iterator[Tree]:
     """The trees of each group of models that can be compared."""
     groups: dict[str, list[Model]] = {}
     for m in models:
