@@ -48,7 +48,9 @@ def apply_it(folder: Path) -> None:
 
 
 def sample_one_step(folder: Path) -> torch.Tensor:
-    return open_base(ModelConfig(folder / "applied.safetensors")).draw("red shirt", seed=0, steps=1, size=(512, 512))
+    return open_base(ModelConfig(folder / "applied.safetensors")).draw(
+        ["red shirt"], seeds=[0], steps=1, size=(512, 512)
+    )[0]
 
 
 def measured(work: Callable[[Path], Any], folder: Path) -> tuple[Any, float, float]:

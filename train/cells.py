@@ -202,14 +202,15 @@ class _Bench:
     def drawn(self, base: Base) -> Tensor:
         settings = self.experiment.measures
         prompts = [p.caption for p in self.pictures("prompts", settings.drawn)[: settings.drawn]]
-        return measures.drawn(
-            base,
+        drawn = base.draw(
             prompts,
+            seeds=range(len(prompts)),
             steps=settings.steps,
             guidance=settings.guidance,
             size=(SIDE, SIDE),
             clip_skip=self.experiment.training.clip_skip,
         )
+        return drawn * 2 - 1
 
     def before(self, model: str, judge: Kind) -> Tensor:
         """Scores of what the untouched model draws of the same prompts and noise."""

@@ -221,10 +221,10 @@ class Training:
         sample, size = self.config.sample, self.config.sample_size
         for i, prompt in enumerate(sample.prompts):
             for seed in sample.seeds:
-                picture = self.base.draw(
-                    prompt,
+                (picture,) = self.base.draw(
+                    [prompt],
                     sample.negative,
-                    seed=seed,
+                    seeds=[seed],
                     steps=sample.steps,
                     guidance=sample.guidance,
                     size=(size, size),

@@ -21,9 +21,9 @@ from train import folders, images
 from train.config import DataConfig
 from train.folders import Picture
 from train.loop import denoising_errors, randomness
-from train.models import LATENT_CHANNELS, Base, Text
+from train.models import Base, Text
 
-DRAWING, LOSS = 1, 2  # whose randomness: that of pictures drawn, that of losses
+LOSS = 2  # whose randomness, beside that of a training run
 
 
 class Judge(Protocol):
@@ -77,22 +77,6 @@ def caption(picture: Picture, without: str = "") -> str:
 def _repeated(text: Text, count: int) -> Text:
     pooled = None if text.pooled is None else text.pooled.expand(count, -1)
     return Text(text.states.expand(count, -1, -1), pooled)
-
-
-@torch.no_grad()
-def drawn(
-    base: Base, prompts: Sequence[str], *, steps: int, guidance: float, size: tuple[int, int], clip_skip: int
-) -> Tensor:
-    """Pictures (n, 3, height, width) in [-1, 1] by DDIM; `size` (height, width). Prompt i starts from noise of i."""
-    n, shape = len(prompts), (LATENT_CHANNELS, *(side // base.shrink for side in size))
-    x = torch.stack([randomness(DRAWING, 0, i, shape, 1)[1] for i in range(n)]).to(base.device)
-    base.schedule.set_timesteps(steps, device=base.device)
-    with base.arithmetic():
-        text = base.encode_text([*[""] * n, *prompts], clip_skip)
-        for t in base.schedule.timesteps:
-            without, with_prompt = base.predict(x.repeat(2, 1, 1, 1), t.expand(2 * n), text).float().chunk(2)
-            x = base.schedule.step(without + guidance * (with_prompt - without), t, x).prev_sample
-    return base.decode(x).cpu() * 2 - 1
 
 
 def retention(now: Tensor, before: Tensor, target: int | None) -> Tensor:

@@ -147,29 +147,30 @@ class Base:
     @torch.no_grad()
     def draw(
         self,
-        prompt: str,
+        prompts: Sequence[str],
         negative: str = "",
         *,
-        seed: int,
+        seeds: Sequence[int],
         steps: int = 20,
         guidance: float = 7.0,
         size: tuple[int, int],
         clip_skip: int = 1,
         stepped: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """One picture (3, height, width) in [0, 1] by DDIM; prompts as in `encode_prompts`; `size` (height, width) in
-        pixels, a multiple of `shrink`; `stepped` is called after each step. The noise is drawn on the CPU, so that a
-        seed means the same on every device."""
-        shape = (1, LATENT_CHANNELS, *(side // self.shrink for side in size))
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        """One picture for each prompt and its seed, (n, 3, height, width) in [0, 1], by DDIM; prompts as in
+        `encode_prompts`; `size` (height, width) in pixels, a multiple of `shrink`; `stepped` is called after each step.
+        The noise is drawn on the CPU, so that a seed means the same on every device."""
+        n, shape = len(prompts), (LATENT_CHANNELS, *(side // self.shrink for side in size))
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        x = torch.stack(noise).to(self.device)
         self.schedule.set_timesteps(steps, device=self.device)
         with self.arithmetic():
-            text = self.encode_prompts([negative, prompt], clip_skip)
+            text = self.encode_prompts([*[negative] * n, *prompts], clip_skip)
             for t in self.schedule.timesteps:
-                without, with_prompt = self.predict(x.repeat(2, 1, 1, 1), t.expand(2), text).float().chunk(2)
+                without, with_prompt = self.predict(x.repeat(2, 1, 1, 1), t.expand(2 * n), text).float().chunk(2)
                 x = self.schedule.step(without + guidance * (with_prompt - without), t, x).prev_sample
                 stepped()
-        return self.decode(x)[0].cpu()
+        return self.decode(x).cpu()
 
 
 def open_base(config: ModelConfig, *, device: str | torch.device = "cpu", precision: str = "fp32") -> Base:

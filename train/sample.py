@@ -227,10 +227,10 @@ def _picture(base: Base, request: Request, prompt: str, seed: int, stepped: Call
     height, width = request.height or base.side, request.width or base.side
     if height % base.shrink or width % base.shrink:
         raise LineageError(f"--width {width} --height {height}: name multiples of {base.shrink}.")
-    pixels = base.draw(
-        prompt,
+    (pixels,) = base.draw(
+        [prompt],
         request.negative,
-        seed=seed,
+        seeds=[seed],
         steps=request.steps,
         guidance=request.guidance,
         size=(height, width),
