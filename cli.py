@@ -614,6 +614,7 @@ def world(run: Run, folder: Path, size: str, seed: int) -> None:
 @click.argument("config", required=False, type=EXISTING)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Its own folder.")
 @click.option("--dry-run", is_flag=True, help="Only say how much would be trained and measured.")
+@click.option("--finished-only", is_flag=True, help="Conclude from the worlds that are finished, and run nothing.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes at once.")
 @click.option("--engine", type=click.Choice(["ray", "dask"]), help="Measure on a cluster of this kind instead.")
 @click.option("--address", metavar="ADDRESS", help="Of that cluster.")

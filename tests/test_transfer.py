@@ -11,6 +11,7 @@ import torch
 from tiny_world import TINY
 
 import cli
+from lineage import prediction
 from lineage.adapters import open_adapter
 from lineage.errors import LineageError
 from lineage.results import load_json
@@ -78,13 +79,57 @@ def test_what_is_missing_is_done_again_to_the_same_numbers(done: Path, tmp_path:
     assert len(result.cells) == len(found(done))
 
 
+def test_predictions_and_cells_are_all_that_another_machine_needs(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    again = tmp_path / "out"
+    for name in ("predictions", "cells"):
+        shutil.copytree(done / name, again / name)
+    shutil.copy(done / "experiment.json", again)
+
+    def refused(*_):
+        raise AssertionError("a finished world is made again")
+
+    monkeypatch.setattr(transfer.world, "build", refused)
+    result, first = transfer.transfer_test(SMALL, again), transfer.transfer_test(SMALL, done)
+    assert replace(result, provenance=first.provenance) == first
+    (again / "cells" / "quick-0" / "hina" / "tuned-1.json").unlink()
+    with pytest.raises(AssertionError, match="made again"):
+        transfer.transfer_test(SMALL, again)
+
+
+def test_finished_worlds_alone_can_be_looked_at(done: Path, tmp_path: Path):
+    again = shutil.copytree(done, tmp_path / "out")
+    two = replace(SMALL, worlds=replace(SMALL.worlds, seeds=(0, 1)))
+    (again / "experiment.json").write_text(json.dumps(two.to_json()), encoding="utf-8")
+    file = again / "predictions" / "quick-0.json"
+    told = json.loads(file.read_text("utf-8"))
+    told["made_of"]["experiment"] = two.hash
+    file.write_text(json.dumps(told), encoding="utf-8")
+    assert [w.name for w in transfer.transfer_test(two, again, finished_only=True).worlds] == ["quick-0"]
+    with pytest.raises(LineageError, match="no world is finished"):
+        transfer.transfer_test(two, tmp_path / "other", finished_only=True)
+
+
+def test_confirmatory_worlds_follow_from_predictor_and_settings_alone(monkeypatch: pytest.MonkeyPatch):
+    asked = replace(SMALL, worlds=replace(SMALL.worlds, confirmatory=10))
+    assert len(set(asked.seeds)) == 10
+    assert replace(asked, worlds=replace(asked.worlds, confirmatory=3, seeds=(5,))).seeds == asked.seeds[:3]
+    other = replace(asked, training=replace(asked.training, steps=3))
+    assert not {*other.seeds} & {*asked.seeds}
+    before = asked.seeds
+    monkeypatch.setattr(prediction, "code_hash", lambda: "0" * 64)
+    assert not {*asked.seeds} & {*before}
+
+
 def test_a_folder_may_be_named_from_where_one_stands(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(done / "worlds", "out/worlds")
-    for name in ("experiment.json", "predictions.json"):
-        shutil.copy(done / name, "out")
-    few = [job for job in cells.jobs(Path("out"), SMALL, "") if job.base in (None, "tuned")]
-    monkeypatch.setattr(transfer, "jobs", lambda folder, *_: [replace(job, folder=folder) for job in few])
+    for name in ("worlds", "predictions"):
+        shutil.copytree(done / name, Path("out") / name)
+    shutil.copy(done / "experiment.json", "out")
+    monkeypatch.setattr(
+        transfer, "jobs", lambda *told: [job for job in cells.jobs(*told) if job.base in (None, "tuned")]
+    )
     monkeypatch.setattr(transfer, "statistics", lambda *_: None)
     monkeypatch.setattr(transfer, "hypotheses", lambda *_: ())
     first = transfer.transfer_test(SMALL, "out").cells
@@ -94,13 +139,14 @@ def test_a_folder_may_be_named_from_where_one_stands(done: Path, tmp_path: Path,
 
 def test_cells_older_than_the_predictions_are_refused(done: Path, tmp_path: Path):
     again = shutil.copytree(done, tmp_path / "out")
-    told = json.loads((again / "predictions.json").read_text("utf-8"))
+    file = again / "predictions" / "quick-0.json"
+    told = json.loads(file.read_text("utf-8"))
     told["predictions"][0]["strength"] += 0.5
-    (again / "predictions.json").write_text(json.dumps(told), encoding="utf-8")
+    file.write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(LineageError, match="under other predictions"):
         transfer.transfer_test(SMALL, again)
     told["made_of"]["code"] = "0" * 64
-    (again / "predictions.json").write_text(json.dumps(told), encoding="utf-8")
+    file.write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(LineageError, match="another predictor"):
         transfer.transfer_test(SMALL, again)
     with pytest.raises(LineageError, match="holds another experiment"):
@@ -108,9 +154,10 @@ def test_cells_older_than_the_predictions_are_refused(done: Path, tmp_path: Path
 
 
 def test_predictions_are_older_than_every_cell_and_come_from_weights_alone(done: Path):
-    written = (done / "predictions.json").stat().st_mtime_ns
+    file = done / "predictions" / "quick-0.json"
+    written = file.stat().st_mtime_ns
     assert all(f.stat().st_mtime_ns > written for f in (done / "cells").rglob("*.json"))
-    told = json.loads((done / "predictions.json").read_text("utf-8"))["predictions"]
+    told = json.loads(file.read_text("utf-8"))["predictions"]
     assert {(p["base"], p["model"]) for p in told} == {
         (x.name, y.name) for x in TINY.models for y in TINY.models if x.name != y.name
     }

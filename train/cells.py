@@ -68,18 +68,17 @@ def targets(plan: World, experiment: Experiment) -> dict[str, str]:
     return dict.fromkeys(styles, STYLE) | dict.fromkeys(names, CHARACTER)
 
 
-def jobs(folder: Path, experiment: Experiment, stamp: str) -> list[Job]:
-    """All of an experiment, the untouched models first."""
+def jobs(folder: Path, experiment: Experiment, seed: int, stamp: str) -> list[Job]:
+    """All of one world, the untouched models first."""
+    plan = topology.draw(experiment.worlds.size, seed)
     found = []
-    for seed in experiment.worlds.seeds:
-        plan = topology.draw(experiment.worlds.size, seed)
-        for target in targets(plan, experiment):
-            found.append(Job(folder, experiment, seed, target, None, 0, stamp))
-            found += [
-                Job(folder, experiment, seed, target, m.name, s, stamp)
-                for m in plan.models
-                for s in experiment.training.seeds
-            ]
+    for target in targets(plan, experiment):
+        found.append(Job(folder, experiment, seed, target, None, 0, stamp))
+        found += [
+            Job(folder, experiment, seed, target, m.name, s, stamp)
+            for m in plan.models
+            for s in experiment.training.seeds
+        ]
     return found
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lineage import prediction
 from lineage.errors import FileError, LineageError
 from lineage.recipe import did_you_mean
 from lineage.transfer_records import Design
@@ -26,10 +27,12 @@ from train.values import CHOICES, read_value
 
 @dataclass(frozen=True)
 class Worlds:
-    """size and seeds of the miniature worlds; `styles` and `characters`: how many targets of each kind in a world."""
+    """size and seeds of the miniature worlds; `confirmatory`: so many worlds whose seeds nobody chose, in place of
+    `seeds`. `styles` and `characters`: how many targets of each kind in a world."""
 
     size: str = "quick"
     seeds: tuple[int, ...] = (0,)
+    confirmatory: int = 0
     styles: int = 1
     characters: int = 0
 
@@ -62,6 +65,7 @@ class Measures:
 
 
 LEAST = {
+    "worlds.confirmatory": 0,
     "training.steps": 1,
     "training.batch": 1,
     "training.pictures": 1,
@@ -97,6 +101,18 @@ class Experiment:
         for name in ("worlds.seeds", "training.seeds"):
             if not self._value(name):
                 raise LineageError(f"{name}: name at least one.")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the worlds. Confirmatory ones follow from the predictor's code and all other settings: what is changed
+        after a look at results meets new worlds."""
+        if not self.worlds.confirmatory:
+            return self.worlds.seeds
+        told = self.to_json()
+        del told["worlds"]["confirmatory"], told["worlds"]["seeds"]
+        made_of = prediction.code_hash() + json.dumps(told, sort_keys=True)
+        numbers = (hashlib.sha256(f"{made_of} {n}".encode()) for n in range(self.worlds.confirmatory))
+        return tuple(int(number.hexdigest()[:7], 16) for number in numbers)
 
     def _value(self, name: str) -> Any:
         table, key = name.split(".")

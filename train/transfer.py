@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lineage
@@ -39,42 +40,47 @@ def transfer_test(
     experiment: Experiment,
     folder: Path | str,
     *,
+    finished_only: bool = False,
     workers: int = 1,
     engine: str | None = None,
     address: str | None = None,
     progress: Progress | None = None,
 ) -> TransferResult:
-    """Run what is missing of the experiment in `folder`, and conclude.
+    """Run what is missing of the experiment in `folder`, world by world, and conclude.
 
-    workers: processes; engine, address: a cluster instead (lineage.engines). LineageError where the folder holds
-    another experiment, or cells that are older than the predictions."""
+    finished_only: conclude from the worlds that are finished, and run nothing. workers: processes; engine, address: a
+    cluster instead (lineage.engines). LineageError where the folder holds another experiment, or cells that are older
+    than the predictions."""
     # absolute: a training run's settings name its base and data as seen from there
     began, folder = time.monotonic(), Path(os.path.abspath(folder))
     world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
-    for seed in experiment.worlds.seeds:
-        world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
-    facts, foretold = _predictions(folder, experiment)
-    stamp = predictions_hash(foretold)
-    todo = jobs(folder, experiment, stamp)
-    for job in todo:
-        finished(job)  # refuses stale ones before anything is trained
-    cells = [
-        cell
-        for found in in_parallel(run, todo, jobs=workers, engine=engine, address=address, progress=progress)
-        for cell in found
-    ]
+    pools = partial(in_parallel, jobs=workers, engine=engine, address=address, progress=progress)
+    facts, foretold, cells = [], [], []
+    for seed in experiment.seeds:
+        if finished_only and not all(job.file.exists() for job in jobs(folder, experiment, seed, "")):
+            continue
+        fact, pairs = _foretold(folder, experiment, seed, progress)
+        todo = jobs(folder, experiment, seed, predictions_hash(pairs))
+        if any(finished(job) is None for job in todo):
+            world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
+        facts.append(fact)
+        foretold += pairs
+        cells += [cell for found in pools(run, todo) for cell in found]
+    if not facts:
+        raise LineageError(f"{folder}: no world is finished yet.")
     found = readings(cells, facts, experiment.design)
-    told = provenance("transfer-test", {}, seed=experiment.worlds.seeds[0], seconds=round(time.monotonic() - began, 1))
+    told = provenance("transfer-test", {}, seed=experiment.seeds[0], seconds=round(time.monotonic() - began, 1))
     return TransferResult(
-        told, experiment.to_json(), experiment.hash, stamp, experiment.design, facts, foretold, tuple(cells),
-        found.dropped, statistics(cells, facts, foretold, experiment.design), hypotheses(frame(found)), notes=NOTES,
+        told, experiment.to_json(), experiment.hash, predictions_hash(foretold), experiment.design, tuple(facts),
+        tuple(foretold), tuple(cells), found.dropped, statistics(cells, facts, foretold, experiment.design),
+        hypotheses(frame(found)), notes=NOTES,
     )  # fmt: skip
 
 
 def forecast(experiment: Experiment) -> dict[str, int]:
     """What the experiment will do: worlds, models, adapters trained, cells measured, training steps in all."""
-    plans = [topology.draw(experiment.worlds.size, seed) for seed in experiment.worlds.seeds]
-    todo = jobs(Path(), experiment, "")
+    plans = [topology.draw(experiment.worlds.size, seed) for seed in experiment.seeds]
+    todo = [job for seed in experiment.seeds for job in jobs(Path(), experiment, seed, "")]
     adapters = sum(job.base is not None for job in todo)
     return {
         "worlds": len(plans),
@@ -90,28 +96,27 @@ def home(folder: Path, experiment: Experiment, seed: int) -> Path:
     return folder / "worlds" / f"{experiment.worlds.size}-{seed}"
 
 
-def _predictions(folder: Path, experiment: Experiment) -> tuple[tuple[WorldFacts, ...], tuple[PairPrediction, ...]]:
-    """Facts and predictions of every world; those on the disk, where they were made by this code and experiment."""
-    facts = tuple(_facts(home(folder, experiment, seed)) for seed in experiment.worlds.seeds)
-    file = folder / "predictions.json"
+def _foretold(
+    folder: Path, experiment: Experiment, seed: int, progress: Progress | None
+) -> tuple[WorldFacts, list[PairPrediction]]:
+    """Facts and predictions of a world, made once, before its first training; they and its cells are all that another
+    machine needs to go on."""
+    made = home(folder, experiment, seed)
+    file = folder / "predictions" / f"{made.name}.json"
     made_of = {"experiment": experiment.hash, "code": prediction.code_hash()}
-    if file.exists():
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if told["made_of"] != made_of:
-            raise LineageError(f"{file}: was made by another predictor or experiment. Name another folder.")
-        return facts, tuple(restore(PairPrediction, p) for p in told["predictions"])
-    seeds = zip(facts, experiment.worlds.seeds, strict=True)
-    foretold = tuple(p for f, seed in seeds for p in _foretold(home(folder, experiment, seed), f))
-    told = {"made_of": made_of, "predictions": [asdict(p) for p in foretold]}
-    write_files(folder, {file.name: json.dumps(told, indent=1) + "\n"})
-    return facts, foretold
+    if not file.exists():
+        world.build(topology.draw(experiment.worlds.size, seed), made, progress)
+        facts = world_facts(made.name, json.loads((made / "truth.json").read_text(encoding="utf-8")))
+        told = {"made_of": made_of, "facts": asdict(facts), "predictions": [asdict(p) for p in _pairs(made, facts)]}
+        file.parent.mkdir(exist_ok=True)
+        write_files(file.parent, {file.name: json.dumps(told, indent=1) + "\n"})
+    told = json.loads(file.read_text(encoding="utf-8"))
+    if told["made_of"] != made_of:
+        raise LineageError(f"{file}: was made by another predictor or experiment. Name another folder.")
+    return restore(WorldFacts, told["facts"]), [restore(PairPrediction, p) for p in told["predictions"]]
 
 
-def _facts(made: Path) -> WorldFacts:
-    return world_facts(made.name, json.loads((made / "truth.json").read_text(encoding="utf-8")))
-
-
-def _foretold(made: Path, facts: WorldFacts) -> list[PairPrediction]:
+def _pairs(made: Path, facts: WorldFacts) -> list[PairPrediction]:
     """From the weights of the world's models alone."""
     found = lineage.cluster(made / "models", metadata=False)
     tree, names = prediction.family_tree(found), [m.name for m in facts.models]
