@@ -259,10 +259,11 @@ def _claim(x: Hypothesis) -> Safe:
     facts += [("Adjusted p", number(x.adjusted_p))] if x.adjusted_p is not None else []
     facts += [("Worlds", number(x.worlds))] if x.worlds else []
     effects = [(e.measure, f"{e.effect:+.4f}", _span(e.low, e.high), number(e.p)) for e in x.effects]
+    code = h("span", x.key, class_="code") if x.effect is not None else None  # as the figure calls it
     tone = h("span", x.verdict.split(" in ")[0], class_=f"tone {TONES.get(x.verdict, 'open')}")
     return h(
         "details",
-        h("summary", tone, " ", x.claim),
+        h("summary", tone, " ", x.claim, code),
         h("dl", [(h("dt", k), h("dd", d)) for k, d in facts if d], class_="facts rows"),
         listing(("Measure", "Effect", "95 % interval", "p"), effects),
         class_="claim",
