@@ -190,7 +190,8 @@ def memory() -> float:
 
 
 HEAD = (
-    "models", "trees and graph, s", "with records, s", "GiB simulated", "GiB at peak", "ARI of roots", "ARI of families",
+    "models", "trees and graph, s", "with records, s", "GiB simulated", "GiB at peak", "ARI of roots",
+    "ARI of families",
     "edge precision", "edge recall", "direction", "exact parent sets",
 )  # fmt: skip
 

@@ -22,6 +22,7 @@ from lineage.whitening import whitened_table
 
 Array = NDArray[np.float64]
 
+TURNED = 100  # models of a tree, above which the trees from all roots are one, turned round
 NO_GAP = 1e-4  # nats per entry, below which a link is no better than the next best
 SOURCES = ("whitening", "merges", "turns", "centrality")
 
@@ -55,13 +56,10 @@ def _copies(kin: Kin, found: Ancestry, chosen: Thresholds) -> list[int]:
             left.remove(other)
     d = unmerge.distances(kin.g)
     names = [*kin.matrices, *kin.vectors]
-    bits = [copies.precision(p) for p in kin.prints]
+    bits = np.array([copies.precision(p) for p in kin.prints])
     for child in sorted(left, key=lambda i: (bits[i], i)):
-        close = [
-            p for p in left
-            if p != child and bits[p] > bits[child]
-            and d[p, child] <= chosen.copy_ratio * (kin.rounding[p] + kin.rounding[child])
-        ]  # fmt: skip
+        within = d[child] <= chosen.copy_ratio * (kin.rounding + kin.rounding[child])
+        close = [p for p in map(int, np.flatnonzero(within & (bits > bits[child]))) if p in left]
         for parent in sorted(close, key=lambda p: (-bits[p], d[p, child], p)):
             ours, theirs = kin.models[child], kin.models[parent]
             if ours is None or theirs is None or copies.rounds_to(ours, theirs, names):
@@ -77,7 +75,7 @@ def _permuted(kin: Kin, left: list[int], found: Ancestry, d: Array) -> list[int]
     """Copies in another order hang from the one of the two that has other kin near."""
     for pair in copies.permuted(kin.prints):
         if set(pair) <= set(left):
-            near = {m: min((d[m, o] for o in left if o not in pair), default=np.inf) for m in pair}
+            near = {m: d[m, [o for o in left if o not in pair]].min(initial=np.inf) for m in pair}
             parent, child = sorted(pair, key=lambda m: (near[m], m))
             words = Evidence("values", "every tensor holds the same values in another order", 1.0)
             sure = near[parent] < near[child]
@@ -138,15 +136,17 @@ def _finetunes(
     table, sizes = _increments(kin, members, ignore, chosen)
     pending = joins.partly(kin, core, table, sorted(merges), chosen) if "merges" not in ignore else []
     merges |= {p.reading.child: p.reading.parents for p in pending}
-    grove = _Grove(kin, members, merges, table, cost(table[:, members][:, :, members], sizes))
+    among = table if len(members) == len(kin) else table[:, members][:, :, members]
+    grove = _Grove(kin, members, merges, table, cost(among, sizes))
     core = [m for m in core if m not in merges]
     roots = [base] if base in core else _central(kin, core, chosen.roots)
-    trees = {root: grove.tree(root) for root in roots}
-    chances = votes(grove, trees, ignore, chosen).probabilities(roots)
-    found.root = max(roots, key=lambda m: (chances[m], -m))
+    trees = grove.trees(roots)
+    chances = votes(grove, trees, ignore, chosen).probabilities(sorted(trees))
+    found.root = max(trees, key=lambda m: (chances[m], -m))
     found.root_confidence = chances[found.root]
     found.parent = trees[found.root]
-    found.links += [_link(grove, child, trees, chances, found.root, chosen) for child in sorted(found.parent)]
+    gaps = grove.gaps(found.parent)
+    found.links += [_link(kin, child, gaps[child], trees, chances, found.root, chosen) for child in sorted(gaps)]
     above: dict[int, Sequence[int]] = {**{child: [p] for child, p in found.parent.items()}, **merges}
     lines = {m: ancestors(above, m) for m in range(len(kin))}
     for merged in pending:
@@ -176,15 +176,45 @@ class _Grove:
         at = {m: i for i, m in enumerate(self.members)}
         return float(sum(self.cost[at[p], at[c]] for c, p in tree.items()))
 
-    def gap(self, parent: int, child: int, tree: Mapping[int, int]) -> float:
-        """How much dearer the next best link would be between the two sides that the edge joins."""
-        above = {c: [p] for c, p in tree.items()} | {m: list(ps)[:1] for m, ps in self.merges.items()}
-        inside = np.array([child in ancestors(above, m) for m in self.members])
-        i, j = self.members.index(parent), self.members.index(child)
-        free = np.array([m not in self.merges for m in self.members])
-        across = np.outer(~inside, inside) & (free[:, None] | free)
-        across[i, j] = False
-        return float(self.cost[across].min(initial=FAR) - self.cost[i, j])
+    def trees(self, roots: Sequence[int]) -> dict[int, dict[int, int]]:
+        """root -> its likeliest tree; of many models the first root's, turned round: as costs are the same both ways,
+        only merges, which keep their parents, make another tree likelier."""
+        if len(self.members) <= TURNED:
+            return {root: self.tree(root) for root in roots}
+        first = self.tree(roots[0])
+        turned = {root: _turned(first, roots[0], root) for root in roots}
+        return {root: tree for root, tree in turned.items() if tree is not None}
+
+    def gaps(self, tree: Mapping[int, int]) -> dict[int, float]:
+        """child -> how much dearer the next best link would be between the two sides that its edge joins."""
+        at = {m: i for i, m in enumerate(self.members)}
+        above = {at[c]: at[p] for c, p in tree.items()} | {at[m]: at[ps[0]] for m, ps in self.merges.items()}
+        below: dict[int, list[int]] = {}
+        for c, p in above.items():
+            below.setdefault(p, []).append(c)
+        merged = [at[m] for m in self.merges]
+        cost = self.cost.copy()
+        cost[np.ix_(merged, merged)] = FAR
+        return {c: _gap(cost, at[p], at[c], sorted(ancestors(below, at[c]))) for c, p in tree.items()}
+
+
+def _turned(tree: Mapping[int, int], old: int, new: int) -> dict[int, int] | None:
+    """The same tree from another root; None where a merge lies between."""
+    found, node = dict(tree), new
+    while node in tree:
+        found[tree[node]] = node
+        node = tree[node]
+    found.pop(new, None)
+    return found if node == old else None
+
+
+def _gap(cost: Array, parent: int, child: int, inside: list[int]) -> float:
+    """How much dearer the next best link is into what descends from the child."""
+    across = cost[:, inside]
+    own = across[parent, inside.index(child)]
+    across[inside] = FAR
+    across[parent, inside.index(child)] = FAR
+    return float(across.min() - own)
 
 
 def _central(kin: Kin, core: list[int], count: int) -> list[int]:
@@ -194,8 +224,9 @@ def _central(kin: Kin, core: list[int], count: int) -> list[int]:
 
 
 def _link(
-    grove: _Grove,
+    kin: Kin,
     child: int,
+    gap: float,
     trees: Mapping[int, Mapping[int, int]],
     chances: Mapping[int, float],
     root: int,
@@ -204,13 +235,12 @@ def _link(
     """A link of the fine-tune tree: an adapter's where only matrices changed, in few ranks."""
     parent = trees[root][child]
     joined, forward = direction.forward(parent, child, trees, chances)
-    gap = grove.gap(parent, child, trees[root])
     words = [Evidence("distance", "likeliest increment of all that could join the two sides of the tree; the next best "
                       "is so much dearer per entry", gap)]  # fmt: skip
     words.append(Evidence("trees", "probability over roots that the likeliest tree joins the two", round(joined, 4)))
     words.append(Evidence("root", "probability that the parent is nearer the root of the tree", round(forward, 4)))
     directed = forward > chosen.directed
-    rank = _baked_rank(grove.kin, parent, child, chosen)
+    rank = _baked_rank(kin, parent, child, chosen)
     if rank is not None:
         words.append(Evidence("rank", "only matrices differ, and in few ranks: an adapter baked in", rank))
     relation = "finetune" if rank is None else "adapter"

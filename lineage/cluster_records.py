@@ -161,11 +161,11 @@ def _tree_records(tree: Tree, found: Found) -> _Rows:
     names = [m.name for m in tree.members]
     root = names[tree.ancestry.root] if tree.ancestry.root is not None else min(names)
     groups = families(tree.kin.table, tree.ancestry.root, range(len(names)), found.seed)
-    titles = [_central(tree, group.members, names) for group in groups]
+    d = tree.gram.distances()
+    titles = [_central(tree, d, list(group.members), names) for group in groups]
     home = {m: title for group, title in zip(groups, titles, strict=True) for m in group.members}
-    models = []
-    for i, m in enumerate(tree.members):
-        weights = affinities(tree.kin.g, tree.ancestry.root, groups, i)
+    models, shares = [], affinities(tree.kin.g, tree.ancestry.root, groups)
+    for i, (m, weights) in enumerate(zip(tree.members, shares.tolist(), strict=True)):
         models.append(
             ClusterModel(
                 m.name,
@@ -189,10 +189,10 @@ def _tree_records(tree: Tree, found: Found) -> _Rows:
     return _Rows(models, kept or [Family(root, root, (root,), None)], _edges(tree, names), merges, [], start)
 
 
-def _central(tree: Tree, members: Sequence[int], names: Sequence[str]) -> str:
-    """A family goes by the name of the member nearest to all its others."""
-    d = tree.gram.distances()
-    return names[min(members, key=lambda m: (float(d[m, list(members)].sum()), tree.members[m].print.sha256))]
+def _central(tree: Tree, d: Array, members: list[int], names: Sequence[str]) -> str:
+    """A family goes by the name of the member nearest to all its others. d: (n, n) squared distances."""
+    far = dict(zip(members, d[np.ix_(members, members)].sum(1).tolist(), strict=True))
+    return names[min(members, key=lambda m: (far[m], tree.members[m].print.sha256))]
 
 
 def components(p: Fingerprint) -> dict[str, str]:
@@ -279,12 +279,20 @@ def _similarity(found: Found) -> BlockSimilarity:
     blocks = sorted({b for t in found.trees for b in t.whole.blocks})
     pairs: dict[tuple[str, str], tuple[float | None, ...]] = {}
     for gram in {id(t.whole): t.whole for t in found.trees}.values():
-        near = gram.relative()
-        by_block = {b: gram.relative(b) * np.sqrt(2) for b in gram.blocks}
-        for i in range(len(gram.names)):
-            order = np.argsort(near[i], kind="stable")
-            for j in order if complete else order[: NEAREST + 1]:
-                a, b = sorted((gram.names[i], gram.names[int(j)]))
-                if a != b and (a, b) not in pairs:
-                    pairs[a, b] = tuple(round(float(by_block[k][i, j]), 6) if k in by_block else None for k in blocks)
+        first, second = _near(gram.relative(), len(gram.names) if complete else NEAREST)
+        values = np.full((len(first), len(blocks)), np.nan)
+        for b in gram.blocks:
+            values[:, blocks.index(b)] = np.round(gram.relative(b)[first, second] * np.sqrt(2), 6)
+        for i, j, row in zip(first.tolist(), second.tolist(), values.tolist(), strict=True):
+            a, b = sorted((gram.names[i], gram.names[j]))
+            pairs[a, b] = tuple(None if v != v else v for v in row)
     return BlockSimilarity(tuple(blocks), tuple(PairBlocks(a, b, v) for (a, b), v in sorted(pairs.items())), complete)
+
+
+def _near(far: Array, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(smaller, larger) indices of the pairs of which one is among the other's `count` nearest, each once.
+    far: (n, n)."""
+    chosen = np.zeros(far.shape, bool)
+    for near, row in zip(chosen, far, strict=True):
+        near[np.argsort(row, kind="stable")[: count + 1]] = True
+    return np.nonzero(np.triu(chosen | chosen.T, 1))

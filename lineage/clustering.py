@@ -23,12 +23,13 @@ from lineage.families import kin as kinship
 from lineage.families import trees
 from lineage.fingerprint import Fingerprint, fingerprints
 from lineage.folder import Folder, Item, scan
-from lineage.gram import Gram, shared, sketch_gram
+from lineage.gram import MOST_SPLIT, WHOLE, Gram, screen, shared, sketch_gram
 from lineage.kin import Ancestry, Kin
 from lineage.recipe import did_you_mean
 from lineage.thresholds import CHOSEN, Thresholds
 
 Progress = Callable[[int, int, str], None]
+MOST_MEMBERS = 3500  # of a tree whose table is split into blocks: 24 of them take 2.4 GB
 ADD_LIMIT = 10.0  # seconds of reading others again that an answer for one file is worth
 
 
@@ -163,10 +164,8 @@ def forest(models: Sequence[Model], options: Options, progress: Progress | None 
     for _, group in sorted(groups.items()):
         prints = {m.name: m.print for m in group}
         main = main_blocks(prints)
-        gram = sketch_gram(prints)
-        rows = [i for i, block in enumerate(gram.blocks) if block in main.values()]
-        d = np.stack([gram.distances(gram.blocks[i]) for i in rows])
-        related = kinship(d, gram.norms[:, rows], gram.entries[rows].astype(float), options.chosen)
+        gram = sketch_gram(prints) if len(group) <= MOST_SPLIT else None
+        related = _related(prints, gram, set(main.values()), options.chosen)
         for a, b in permuted([m.print for m in group]):
             related[a, b] = related[b, a] = True
         for members in trees(related):
@@ -174,6 +173,15 @@ def forest(models: Sequence[Model], options: Options, progress: Progress | None 
             if progress:
                 progress(done, len(models), f"tree of {len(members)}")
             yield _tree([group[i] for i in members], gram, main, options)
+
+
+def _related(prints: Mapping[str, Fingerprint], gram: Gram | None, main: Collection[str], chosen: Thresholds):
+    """(n, n) whether two models are kin. gram: their table, None where they are too many for one."""
+    if gram is None:
+        return kinship(*screen(prints, main), chosen)
+    rows = [i for i, block in enumerate(gram.blocks) if block in main]
+    d = [gram.distances(gram.blocks[i]) for i in rows]
+    return kinship(d, gram.norms[:, rows], gram.entries[rows], chosen)
 
 
 def main_blocks(prints: Mapping[str, Fingerprint]) -> dict[str, str]:
@@ -184,18 +192,18 @@ def main_blocks(prints: Mapping[str, Fingerprint]) -> dict[str, str]:
     return {name: block for name, block in blocks.items() if name in unet} or blocks
 
 
-def _tree(members: list[Model], whole: Gram, main: Mapping[str, str], options: Options) -> Tree:
+def _tree(members: list[Model], whole: Gram | None, main: Mapping[str, str], options: Options) -> Tree:
     prints = {m.name: m.print for m in members}
     with ExitStack() as stack:
         opened: list[Checkpoint | None] = [None for _ in members]
-        gram = whole.part(list(prints))
+        gram = whole.part(list(prints)) if whole else sketch_gram(prints, split=MOST_MEMBERS)
         if options.exact and len(members) > 1:
             opened = [stack.enter_context(open_checkpoint(m.path)) for m in members]
             gram = exact_gram({m.name: m.path for m in members}, prints=prints, device=options.device)
         kin = _kin(prints, opened, gram, main, options)
         base = list(prints).index(options.base) if options.base in prints else None
         found = grow(kin, base=base, ignore=options.ignore, seed=options.seed, chosen=options.chosen)
-    return Tree(tuple(members), kin, found, gram, whole)
+    return Tree(tuple(members), kin, found, gram, whole or gram)
 
 
 def _kin(
@@ -206,7 +214,7 @@ def _kin(
     options: Options,
 ) -> Kin:
     """What the inference sees of a tree: the main component alone."""
-    rows = [i for i, block in enumerate(gram.blocks) if block in main.values()]
+    rows = [i for i, block in enumerate(gram.blocks) if block in main.values() or block == WHOLE]
     shapes = {t.name: t.shape for t in next(iter(prints.values())).tensors}
     where = {name: i for i, name in enumerate(prints)}
     return Kin(

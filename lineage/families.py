@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,23 +25,27 @@ class Family:
     stability: float
 
 
-def kin(distances: Array, norms: Array, entries: Array, chosen: Thresholds = CHOSEN) -> NDArray[np.bool_]:
+def kin(
+    distances: Iterable[NDArray], norms: Array, entries: NDArray, chosen: Thresholds = CHOSEN
+) -> NDArray[np.bool_]:
     """(n, n): whether two models grew from one initialisation.
 
-    distances: (blocks, n, n) squared; norms: (n, blocks) ||W||; entries: (blocks,). Whole models are close, or at least
-    a share of their entries lies in blocks that are (a copy whose heads or layers were permuted, a graft)."""
+    distances: squared, (n, n) of each block; norms: (n, blocks) ||W||; entries: (blocks,). Whole models are close, or
+    at least a share of their entries lies in blocks that are (a copy whose heads or layers were permuted, a graft)."""
     squares = norms.astype(np.float64) ** 2
-    whole = _relative(distances.sum(0), squares.sum(1)) < chosen.same_root
-    intact = sum(
-        count * (_relative(d, squares[:, b]) < chosen.same_root)
-        for b, (count, d) in enumerate(zip(entries, distances, strict=True))
-    )
-    return whole | (np.asarray(intact) > chosen.intact_share * entries.sum())
+    total, intact = np.float32(0), np.float32(0)
+    for b, (count, d) in enumerate(zip(entries, distances, strict=True)):
+        total = total + d
+        intact = intact + np.float32(count / entries.sum()) * _near(d, squares[:, b], chosen)
+    return _near(np.asarray(total), squares.sum(1), chosen) | (np.asarray(intact) > chosen.intact_share)
 
 
-def _relative(d: Array, squares: Array) -> Array:
-    scale = np.sqrt(squares[:, None] * squares[None])
-    return np.sqrt(np.maximum(d, 0) / np.maximum(scale, 1e-300))
+def _near(d: NDArray, squares: Array, chosen: Thresholds) -> NDArray[np.bool_]:
+    """Whether squared distances are below the square of the relative one of kin."""
+    lengths = np.sqrt(np.maximum(squares, 1e-300))
+    scaled = d / lengths[:, None].astype(d.dtype)
+    scaled /= lengths.astype(d.dtype)
+    return scaled < chosen.same_root**2
 
 
 def trees(related: NDArray[np.bool_]) -> list[tuple[int, ...]]:
@@ -125,20 +129,17 @@ def _overlap(member: NDArray[np.bool_], labels: NDArray[np.int_]) -> float:
     return max(float((member & o).sum() / (member | o).sum()) for o in others)
 
 
-def affinities(g: Array, origin: int | None, found: Sequence[Family], model: int) -> list[float]:
-    """How much of each family a model shares: mean cosine of its delta with the members', negative ones as 0, scaled to
-    sum to 1; a model belongs to several where several weigh."""
-    members = [m for family in found for m in family.members]
-    if not members or model == origin:
-        return [0.0] * len(found)
-    everyone = sorted({*members, model})
-    alike = 1 - _dissimilarity(g, origin, everyone)
-    row = dict(zip(everyone, alike[everyone.index(model)], strict=True))
-    raw = [_mean([max(0.0, row[m]) for m in family.members if m != model]) for family in found]
-    raw = [1.0 if family.members == (model,) else r for family, r in zip(found, raw, strict=True)]
-    total = sum(raw)
-    return [r / total for r in raw] if total > 0 else [float(model in f.members) for f in found]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def affinities(g: Array, origin: int | None, found: Sequence[Family]) -> Array:
+    """(n, families) how much of each family a model shares: mean cosine of its delta with the members', negative ones
+    as 0, scaled to sum to 1; a model belongs to several where several weigh. 0 for the origin."""
+    member = np.zeros((len(g), len(found)))
+    for k, family in enumerate(found):
+        member[list(family.members), k] = 1
+    alike = np.maximum(1 - _dissimilarity(g, origin, list(range(len(g)))), 0)
+    np.fill_diagonal(alike, 0)
+    others = member.sum(0) - member
+    raw = np.where(others > 0, alike @ member / np.maximum(others, 1), member)
+    if origin is not None:
+        raw[origin] = 0
+    total = raw.sum(1, keepdims=True)
+    return np.where(total > 0, raw / np.where(total > 0, total, 1), member)

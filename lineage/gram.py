@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from lineage.sketch import fold
 Floats = NDArray[np.float64]
 WHOLE = "all"  # the one block of a table that is not split
 MOST_SPLIT = 1000  # models of a table that is split into blocks
+SCREEN = 256  # slots of a block that tell kin from strangers
 _CERTAIN = 1.959964  # standard deviations of a 95 % interval
 
 
@@ -50,7 +51,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Gram:
-    """table: (blocks, n, n) float64, <W_i - W_ref, W_j - W_ref>; above MOST_SPLIT models one block, float32.
+    """table: (blocks, n, n) float64, <W_i - W_ref, W_j - W_ref>; above `split` models one block.
 
     entries: (blocks,) shared weights. norms: (n, blocks) ||W_i||. rounding: (n, blocks) sum of ulp^2 / 12 as stored.
     left_out: canonical name -> why it is not compared. slots: (blocks,) of the sketches, 0 where exact."""
@@ -234,12 +235,20 @@ def facts(
     return blocks, entries, np.sqrt(norms), rounding
 
 
-def sketch_gram(prints: Mapping[str, Fingerprint]) -> Gram:
-    """The table from sketches alone (name -> fingerprint; no file is touched). A block of which any model lacks a
-    weight, or has it in another shape, is left out whole. LineageError where nothing is left.
+@dataclass(frozen=True)
+class _Alike:
+    """What the sketches of models have in common, and facts about it, as in Gram."""
 
-    Above MOST_SPLIT models the table is float32: what lies within 1e-3 of the distance to the first model drowns there,
-    so look for the trees in it, and then make one table per tree."""
+    blocks: tuple[str, ...]
+    slots: NDArray[np.int64]
+    entries: NDArray[np.int64]
+    norms: Floats
+    rounding: Floats
+    left_out: Mapping[str, str]
+
+
+def _alike(prints: Mapping[str, Fingerprint]) -> _Alike:
+    """LineageError where nothing is left."""
     found = shared(prints)
     spoilt = {t.block: f"its block {t.block} holds {t.name}: {found.left_out[t.name]}" for p in prints.values()
               for t in p.tensors if t.name in found.left_out}  # fmt: skip
@@ -248,17 +257,45 @@ def sketch_gram(prints: Mapping[str, Fingerprint]) -> Gram:
     if not found.blocks:
         raise LineageError(f"{', '.join(prints)}: every block differs in its weights; compare the files exactly.")
     blocks, entries, norms, rounding = facts(prints, found)
-    slots = {b: min(_width(p, b) for p in prints.values()) for b in blocks}
-    widths = np.array([slots[b] for b in blocks])
-    if len(prints) <= MOST_SPLIT:
-        table = np.stack([_products(prints, block, slots[block], np.float64) for block in blocks])
-        return Gram(tuple(prints), blocks, table, entries, norms, rounding, False, found.left_out, widths)
-    whole = np.zeros((1, len(prints), len(prints)), np.float32)
-    for block in blocks:
-        whole[0] += _products(prints, block, slots[block], np.float32)
-    norms, rounding = np.linalg.norm(norms, axis=1, keepdims=True), rounding.sum(1, keepdims=True)
-    entries, widths = np.array([entries.sum()]), np.array([widths.sum()])
-    return Gram(tuple(prints), (WHOLE,), whole, entries, norms, rounding, False, found.left_out, widths)
+    slots = np.array([min(_width(p, b) for p in prints.values()) for b in blocks])
+    return _Alike(blocks, slots, entries, norms, rounding, found.left_out)
+
+
+def sketch_gram(prints: Mapping[str, Fingerprint], split: int | None = None) -> Gram:
+    """The table from sketches alone (name -> fingerprint; no file is touched). A block of which any model lacks a
+    weight, or has it in another shape, is left out whole. LineageError where nothing is left.
+
+    split: most models of a table that is split into blocks, by default MOST_SPLIT."""
+    a, n = _alike(prints), len(prints)
+    whole = n > (MOST_SPLIT if split is None else split)
+    table = np.zeros((1 if whole else len(a.blocks), n, n))
+    for i, (block, slots) in enumerate(zip(a.blocks, a.slots, strict=True)):
+        table[0 if whole else i] += _products(prints, block, int(slots), np.float64)
+    if not whole:
+        return Gram(tuple(prints), a.blocks, table, a.entries, a.norms, a.rounding, False, a.left_out, a.slots)
+    norms, rounding = np.linalg.norm(a.norms, axis=1, keepdims=True), a.rounding.sum(1, keepdims=True)
+    entries, slots = np.array([a.entries.sum()]), np.array([a.slots.sum()])
+    return Gram(tuple(prints), (WHOLE,), table, entries, norms, rounding, False, a.left_out, slots)
+
+
+def screen(
+    prints: Mapping[str, Fingerprint], only: Collection[str]
+) -> tuple[Iterator[NDArray[np.float32]], Floats, NDArray[np.int64]]:
+    """(squared distances (n, n) of one block after the other, norms (n, blocks), entries (blocks,)) of those of the
+    blocks `only` that can be compared, from a few slots of each: enough to tell kin from strangers, 10 % off."""
+    a = _alike(prints)
+    rows = [i for i, block in enumerate(a.blocks) if block in only]
+    distances = (_screened(prints, a.blocks[i], min(SCREEN, int(a.slots[i]))) for i in rows)
+    return distances, a.norms[:, rows], a.entries[rows]
+
+
+def _screened(prints: Mapping[str, Fingerprint], block: str, slots: int) -> NDArray[np.float32]:
+    g = _products(prints, block, slots, np.float32)
+    own = np.diag(g).copy()
+    g *= -2
+    g += own
+    g += own[:, None]
+    return g
 
 
 def _width(p: Fingerprint, block: str) -> int:

@@ -64,9 +64,12 @@ def arborescence(cost: Array, root: int) -> dict[int, int]:
     order, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     small = np.minimum.reduceat(np.minimum.reduceat(extra[np.ix_(order, order)], starts, 0), starts, 1)
     for into, out in arborescence(small, next(k for k, m in enumerate(members) if root in m)).items():
-        ways = extra[np.ix_(members[out], members[into])]
-        first, last = np.unravel_index(ways.argmin(), ways.shape)
-        parent[members[into][last]] = members[out][first]
+        first, last = members[out][0], members[into][0]
+        if len(members[out]) > 1 or len(members[into]) > 1:
+            ways = extra[np.ix_(members[out], members[into])]
+            i, j = np.unravel_index(ways.argmin(), ways.shape)
+            first, last = members[out][i], members[into][j]
+        parent[last] = first
     return parent
 
 
@@ -95,10 +98,11 @@ def descent(cost: Array, root: int, merges: Mapping[int, Sequence[int]]) -> dict
         cost[merge, list(parents)] = FAR
     for _ in range(8 * len(cost)):
         above = _above(arborescence(cost, root), merges, root)
-        edge = _faulty(cost, above, merges)
-        if edge is None:
+        faulty = _faulty(cost, above, merges)
+        if not faulty:
             break
-        cost[edge] = FAR
+        for edge in faulty:
+            cost[edge] = FAR
     else:
         cost[sorted(merges)] = FAR  # hosts of nothing make no loops
         above = _above(arborescence(cost, root), merges, root)
@@ -113,19 +117,18 @@ def _above(grown: Mapping[int, int], merges: Mapping[int, Sequence[int]], root: 
 
 def _faulty(
     cost: Array, above: Mapping[int, Sequence[int]], merges: Mapping[int, Sequence[int]]
-) -> tuple[int, int] | None:
-    """Of a loop, the (parent, child) that loses least when the child hangs from what does not descend from it."""
+) -> list[tuple[int, int]]:
+    """Of a loop in each tangle of models that descend from themselves, the (parent, child) that loses least when the
+    child hangs from what does not descend from it."""
     drawn = nx.DiGraph((p, child) for child, parents in sorted(above.items()) for p in parents)
-    try:
-        loop = [edge for edge in nx.find_cycle(drawn) if edge[1] not in merges]
-    except nx.NetworkXNoCycle:
-        return None
+    tangles = [drawn.subgraph(sorted(t)) for t in nx.strongly_connected_components(drawn) if len(t) > 1]
+    loops = [[edge for edge in nx.find_cycle(t, min(t)) if edge[1] not in merges] for t in tangles]
 
     def loss(edge: tuple[int, int]) -> float:
         others = sorted({*range(len(cost))} - nx.descendants(drawn, edge[1]) - {edge[1]})
         return float(cost[others, edge[1]].min(initial=FAR) - cost[edge])
 
-    return min(loop, key=lambda edge: (loss(edge), edge), default=None)
+    return sorted(min(loop, key=lambda edge: (loss(edge), edge)) for loop in loops if loop)
 
 
 def ancestors(above: Mapping[Node, Sequence[Node]], node: Node) -> set[Node]:

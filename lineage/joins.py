@@ -78,13 +78,15 @@ def partly(kin: Kin, core: Sequence[int], white: Array, merges: Sequence[int], c
 
     white: (tensors, n, n) whitened inner products; merges: those that are explained: what is nearer to one of them than
     to its own would-be parents descends from it. What both parents are is settled once the tree is known."""
-    fit = [partial(white, c, [i for i in core if i != c], chosen) for c in core] if len(core) > 2 else []
-    d = unmerge.distances(white.sum(0))
+    whole = white.sum(0)
+    near = {c: _nearest(whole, c, [i for i in core if i != c], chosen.partial_pool) for c in core}
+    fit = [partial(white, c, near[c], chosen) for c in core] if len(core) > 2 else []
+    d = unmerge.distances(whole)
     found: list[Merged] = []
     for m in sorted((m for m in fit if m), key=lambda m: (-m.gain, m.child)):
         children = [f.reading.child for f in found]
-        near = min((d[m.child, other] for other in (*merges, *children)), default=np.inf)
-        if near > min(d[m.child, m.a], d[m.child, m.b]) and not {m.a, m.b} & {*children}:
+        nearest = min((d[m.child, other] for other in (*merges, *children)), default=np.inf)
+        if nearest > min(d[m.child, m.a], d[m.child, m.b]) and not {m.a, m.b} & {*children}:
             sure = chosen.merges["unknown"]
             found.append(Merged(_reading(kin, m), (), None, "unknown", unseen=True, confidence=sure))
     return found
@@ -123,8 +125,7 @@ def _limit(kin: Kin, child: int, coarse: float, chosen: Thresholds) -> float:
 
 def _visible(kin: Kin, child: int, pool: Sequence[int], coarse: float, chosen: Thresholds) -> bool:
     """Whether the child differs from every other model by clearly more than storing it did."""
-    g = kin.g
-    nearest = min((g[j, j] + g[child, child] - 2 * g[j, child] for j in pool), default=0.0)
+    nearest = unmerge.from_one(kin.g, child, pool).min(initial=np.inf) if len(pool) else 0.0
     return bool(nearest > chosen.visible * coarse * kin.rounding[child])
 
 
@@ -134,7 +135,9 @@ def _dependent(g: Array, own: float, child: int, pool: Sequence[int], chosen: Th
 
 
 def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 24) -> list[int]:
-    return sorted(pool, key=lambda j: (g[j, j] + g[child, child] - 2 * g[j, child], j))[:count]
+    pool = sorted(pool)
+    order = np.argsort(unmerge.from_one(g, child, pool), kind="stable")
+    return [pool[i] for i in order[:count]]
 
 
 def _read_already(found: Ancestry, reading: Reading) -> bool:

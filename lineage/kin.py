@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class Kin:
         names = {*self.matrices, *self.vectors}
         return max(1, sum(t.entries for t in self.prints[0].tensors if t.name in names))
 
-    @property
+    @cached_property
     def g(self) -> Array:
         return self.table.sum(0)
 

@@ -47,8 +47,9 @@ def mixtures(table: Array, child: int, pool: Sequence[int], by_block: bool) -> l
     table: (blocks, n, n) inner products. by_block: a weight for each block, else one for all."""
     pool = sorted(pool)
     first, second = np.triu_indices(len(pool), 1)
-    around = table - table[:, child][:, None] - table[:, :, child][:, :, None] + table[:, child, child][:, None, None]
-    inner = around[:, pool][:, :, pool]  # <P_i - X, P_j - X>
+    own = table[:, child, pool]
+    inner = table[:, np.array(pool)[:, None], pool] - own[:, None] - own[:, :, None]  # <P_i - X, P_j - X>
+    inner += table[:, child, child][:, None, None]
     square = np.einsum("bii->bi", inner)
     aa, ab = square[:, first], inner[:, first, second]
     length = np.maximum(aa + square[:, second] - 2 * ab, 0)  # ||B - A||^2

@@ -46,6 +46,7 @@ class Thresholds:
     dropped_small: float = 0.8  # of the usual change: TIES drops what moved least, DARE at random
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
     exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
+    partial_pool: int = 64  # nearest models of which all pairs are tried for that
     partial_gain: float = 0.85  # the same of a merge with an unseen parent
     steady: float = 5.0  # by which one weight for all blocks fits better than a path does
     neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy

@@ -98,6 +98,18 @@ def distances(g: Array) -> Array:
     return np.maximum(own[:, None] + own[None] - 2 * g, 0)
 
 
+def from_one(g: Array, one: int, others: Sequence[int]) -> Array:
+    """(m,) squared distances of `others` from one model."""
+    rows = np.asarray(others, np.intp)
+    return np.maximum(g[rows, rows] + g[one, one] - 2 * g[one, rows], 0)
+
+
+def around(g: Array, at: int, members: Sequence[int]) -> Array:
+    """(m, m) inner products of the differences of `members` to model `at`."""
+    own = g[at, members]
+    return g[np.ix_(members, members)] - own[None] - own[:, None] + g[at, at]
+
+
 def centred(g: Array, at: int) -> Array:
     """Inner products of differences to model `at`."""
     return g - g[at][None] - g[:, at][:, None] + g[at, at]
@@ -105,8 +117,7 @@ def centred(g: Array, at: int) -> Array:
 
 def _convex_support(g: Array, child: int, pool: list[int]) -> list[int]:
     """Members with positive weight in the nearest convex combination, largest first."""
-    around = centred(g, child)[np.ix_(pool, pool)]
-    values, vectors = np.linalg.eigh(around)
+    values, vectors = np.linalg.eigh(around(g, child, pool))
     root = (vectors * np.sqrt(np.maximum(values, 0))).T
     heavy = 1e3 * np.sqrt(max(values[-1], 1e-300))
     rows = np.vstack([root, np.full(len(pool), heavy)])
@@ -119,27 +130,26 @@ def _convex_support(g: Array, child: int, pool: list[int]) -> list[int]:
 
 def _eliminate(g: Array, child: int, pool: list[int], keep: int) -> list[int]:
     """What is left of the pool when the member that matters least is dropped again and again."""
-    left = list(pool)
-    around = centred(g, child)
-    ridge = 1e-12 * np.trace(around) / len(around)
+    left, inner = list(range(len(pool))), around(g, child, pool)
+    ridge = 1e-12 * np.trace(inner) / max(1, len(inner))
     while len(left) > keep:
-        inverse = np.linalg.inv(around[np.ix_(left, left)] + ridge * np.eye(len(left)))
+        inverse = np.linalg.inv(inner[np.ix_(left, left)] + ridge * np.eye(len(left)))
         weights = inverse.sum(1)
         left.pop(int(np.argmin(weights**2 / np.diag(inverse))))
-    return left
+    return [pool[i] for i in left]
 
 
 def full_residual(g: Array, child: int, pool: Sequence[int]) -> float:
     """Squared distance of the child to the affine hull of the pool."""
     first, *rest = pool
-    around = centred(g, first)
+    inner = around(g, first, [child, *rest])
     if not rest:
-        return float(around[child, child])
-    scale = np.sqrt(np.maximum(np.diag(around)[rest], 1e-300))
-    normal = around[np.ix_(rest, rest)] / scale[:, None] / scale
-    right = around[rest, child] / scale
+        return float(inner[0, 0])
+    scale = np.sqrt(np.maximum(np.diag(inner)[1:], 1e-300))
+    normal = inner[1:, 1:] / scale[:, None] / scale
+    right = inner[1:, 0] / scale
     weights = np.linalg.lstsq(normal, right, rcond=1e-13)[0]
-    return max(0.0, float(around[child, child] - 2 * weights @ right + weights @ normal @ weights))
+    return max(0.0, float(inner[0, 0] - 2 * weights @ right + weights @ normal @ weights))
 
 
 def readings(

@@ -58,7 +58,7 @@ def test_a_merge_of_two_families_belongs_to_both():
     mix[n, [1, 6]] = 0.5
     table = np.array([mix @ t @ mix.T for t in table])
     found = families.families(table, 0, range(n))
-    shares = families.affinities(table.sum(0), 0, found, n)
+    shares = families.affinities(table.sum(0), 0, found)[n]
     first, second = (partition(found, n)[m] for m in (1, 6))
     assert min(shares[first], shares[second]) > 0.3
     assert sum(shares) == pytest.approx(1)
