@@ -41,6 +41,7 @@ from lineage.families import affinities, families
 from lineage.fingerprint import Fingerprint
 from lineage.folder import Folder, declared_parent
 from lineage.found_recipe import toml
+from lineage.hashing import own_short_hash
 from lineage.kin import Merged
 from lineage.results import Interval, provenance
 
@@ -119,9 +120,12 @@ def _adapters(folder: Folder) -> Iterator[ClusterModel]:
 
 def _declared(found: Found) -> Iterator[Edge]:
     """Adapters below the models that they say they were trained on."""
+    adapters = found.folder.of("adapter") if found.metadata else ()
     known = {m.name: m.print.sha256 for m in found.models}
-    for item in found.folder.of("adapter") if found.metadata else ():
-        if parent := declared_parent(item, known):
+    asked = any("short_hash" in item.declared for item in adapters)
+    short = {m.name: own_short_hash(m.path) for m in found.models} if asked else {}
+    for item in adapters:
+        if parent := declared_parent(item, known, short):
             words = Evidence("metadata", "its metadata or card names the model it was trained on")
             yield Edge(parent, item.name, "adapter", None, None, None, True, 0.9, (words,), declared=True)
 

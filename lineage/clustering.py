@@ -24,6 +24,7 @@ from lineage.families import trees
 from lineage.fingerprint import Fingerprint, fingerprints
 from lineage.folder import Folder, Item, scan
 from lineage.gram import MOST_SPLIT, WHOLE, Gram, screen, shared, sketch_gram
+from lineage.hashing import own_short_hash
 from lineage.kin import Ancestry, Kin
 from lineage.recipe import did_you_mean
 from lineage.thresholds import CHOSEN, Thresholds
@@ -140,7 +141,7 @@ def _added(scanned: Folder, path: Path) -> str:
 
 
 def _said(models: Sequence[Model]) -> list[Declared]:
-    everyone = [Identity(m.name, m.path.stem, m.print.sha256) for m in models]
+    everyone = [Identity(m.name, m.path.stem, m.print.sha256, own_short_hash(m.path)) for m in models]
     return [
         d for m in models for d in declared(m.name, m.print.metadata, m.item.declared.get("base_model", ""), everyone)
     ]

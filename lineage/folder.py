@@ -111,11 +111,13 @@ def look(path: str | Path) -> Item:
 
 def declared_parent(item: Item, models: Mapping[str, str], short: Mapping[str, str] | None = None) -> str | None:
     """The name of the model that `item` declares as its parent, if it is among them. models: name -> sha256; short:
-    name -> the web UI's old 8-digit hash. A hash counts before a name; a name that fits several counts for nothing."""
-    for known, wanted in ((models, item.declared.get("sha256")), (short or {}, item.declared.get("short_hash"))):
-        found = sorted(name for name, digest in known.items() if wanted and digest.lower() == wanted.lower())
-        if found:
-            return found[0]
+    name -> the web UI's old 8-digit hash. A hash, or its first eight
+    digits or more, counts before a name; a name that fits several counts for nothing."""
+    whole, old = (item.declared.get(key, "").lower() for key in ("sha256", "short_hash"))
+    by_hash = (name for name in sorted(models) if len(whole) >= 8 and models[name].lower().startswith(whole))
+    by_old = (name for name in sorted(short or {}) if old and short and short[name].lower() == old)
+    if found := next(by_hash, None) or next(by_old, None):
+        return found
     said = {stem(item.declared[key]) for key in ("name", "base_model") if item.declared.get(key)}
     named = [name for name in models if stem(name) in said]
     return named[0] if len(named) == 1 else None

@@ -48,6 +48,11 @@ def short_hash(path: str | os.PathLike) -> str:
         return hashlib.sha256(f.read(0x10000)).hexdigest()[:8]
 
 
+def own_short_hash(path: Path) -> str:
+    """`short_hash` of a file that is large enough to have one of its own; else, and of a folder, ""."""
+    return short_hash(path) if path.is_file() and path.stat().st_size > 0x100000 else ""
+
+
 def size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lineage.folder import Item, stem
-from lineage.hashing import short_hash
+from lineage.hashing import own_short_hash
 from lineage.predict_result import CERTAIN, GUESS, LIKELY, UNKNOWN, TrainingBase
 
 CLOSE = 0.6  # likeness of two file names at which one may stand in for the other
@@ -29,9 +29,8 @@ class Candidate:
 
     @cached_property
     def short(self) -> str:
-        """The web UI's old hash; "" of a folder, and of files too small to have one of their own."""
-        whole = self.path.is_file() and self.path.stat().st_size > 0x100000
-        return short_hash(self.path) if whole else ""
+        """The web UI's old hash, or ""."""
+        return own_short_hash(self.path)
 
     def has(self, digest: str) -> bool:
         """Whether a hash is its own: the sha256, the beginning of it, or the old one."""

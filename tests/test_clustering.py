@@ -6,10 +6,11 @@ import random
 import kin
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lineage
 from lineage.errors import LineageError
+from lineage.hashing import short_hash
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +161,20 @@ def test_only_sure_edges_are_drawn(result, models, tmp_path):
     folder = kin.save(models, tmp_path / "m")
     sure = lineage.cluster(folder, min_confidence=0.9, cache=tmp_path / "cache").edges
     assert {(e.parent, e.child) for e in sure} == {(e.parent, e.child) for e in result.edges if e.confidence >= 0.9}
+
+
+def test_old_hashes_name_a_parent(tmp_path):
+    """The 8 digits, of 64 kB in the middle of the file, by which trainers called the model until 2022."""
+    g = torch.Generator().manual_seed(0)
+    models = {name: kin.root(i) | {"wide.weight": torch.rand(600, 512, generator=g)} for i, name in enumerate("xy")}
+    models["z"] = kin.tune(models["y"], 5)
+    for name, tensors in models.items():
+        said = {"ss_sd_model_hash": short_hash(tmp_path / "y.safetensors")} if name == "z" else None
+        save_file(tensors, tmp_path / f"{name}.safetensors", said)
+    lora = {f"lora_unet_a.lora_{end}.weight": torch.ones(2, 2) for end in ("up", "down")}
+    save_file(lora, tmp_path / "lora.safetensors", {"ss_sd_model_hash": short_hash(tmp_path / "x.safetensors").upper()})
+    found = lineage.cluster(tmp_path, cache=tmp_path / "cache")
+    assert [(e.parent, e.declared) for e in found.edges if e.child == "lora"] == [("x", True)]
+    (own,) = (e for e in found.edges if e.child == "z")
+    assert (own.parent, own.directed) == ("y", True)
+    assert "metadata" in {e.source for e in own.evidence}

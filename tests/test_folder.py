@@ -182,7 +182,9 @@ def test_adapters_declare_their_parent(tmp_path):
 @pytest.mark.parametrize(
     ("declared", "expected"),
     [
-        ({"sha256": "AB"}, "x"),
+        ({"sha256": "AB" * 32}, "x"),
+        ({"sha256": "AB" * 5}, "x"),
+        ({"sha256": "AB"}, None),
         ({"sha256": "zz", "name": "C:\\models\\Y.safetensors"}, "y"),
         ({"short_hash": "12345678"}, "y"),
         ({"name": "other.ckpt"}, None),
@@ -191,7 +193,7 @@ def test_adapters_declare_their_parent(tmp_path):
 )
 def test_a_hash_counts_before_a_name(declared, expected):
     item = Item("a", Path("a"), "adapter", declared=declared)
-    assert declared_parent(item, {"x": "ab", "y": "cd"}, {"y": "12345678"}) == expected
+    assert declared_parent(item, {"x": "ab" * 32, "y": "cd" * 32}, {"x": "", "y": "12345678"}) == expected
 
 
 def test_hostile_folders_are_told_about(tmp_path):
