@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import re
 import shlex
@@ -11,10 +12,13 @@ import click
 import pytest
 
 import cli
+from lineage.results import InspectResult
+from reports.build import PAGES as RESULT_PAGES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+KINDS = {"inspect": InspectResult, **{kind: record for kind, (record, _) in RESULT_PAGES.items()}}
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
@@ -93,6 +97,13 @@ def test_links_lead_to_headings(page):
         text = ((page.parent / target) if target else page).read_text("utf-8")
         headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
         assert heading in headings, f"{page.name}: {target}#{heading}"
+
+
+@pytest.mark.parametrize(("kind", "record"), [*KINDS.items()])
+def test_the_schema_page_names_every_field(kind, record):
+    section = (DOCS / "schema.md").read_text("utf-8").split(f"\n## kind `{kind}`\n", 1)[1].split("\n## ", 1)[0]
+    fields = {field.name for field in dataclasses.fields(record)} - {"kind", "provenance"}
+    assert sorted(name for name in fields if not re.search(rf"`[^`]*\b{name}\b[^`]*`", section)) == []
 
 
 def test_pictures_are_small_enough_to_load():
