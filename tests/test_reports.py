@@ -25,6 +25,7 @@ from reports.figures import energy_curves, natural, short_side
 from reports.merge_page import merge_page
 from reports.page import Page, Safe, assemble, h, plot_text, script_json, visible
 from reports.svd_page import svd_page
+from reports.tour_page import Stop, tour
 from reports.tree import drawing, factors
 
 
@@ -288,3 +289,13 @@ def test_a_large_result_stays_small():
     many = to_json(big)
     many["layers"] = [{**many["layers"][i % 40], "name": f"unet.{i}"} for i in range(700)]
     assert len(build(many)) < 8_500_000
+
+
+def test_a_tour_shows_what_each_stop_has_and_escapes_it():
+    stops = [Stop("One", HOSTILE[0], HOSTILE[1], b"png", "one/report.html"), Stop("Two", "words")]
+    page = tour("Round", stops)
+    assert page.count("<section>") == 2
+    assert page.count("<img ") == page.count("<a ") == 1
+    assert 'href="one/report.html"' in page
+    assert not any(hostile in page for hostile in HOSTILE[:2])
+    assert all(html.escape(hostile) in page for hostile in HOSTILE[:2])

@@ -356,6 +356,7 @@ def test_demo_command_leaves_its_files_and_may_be_called_again(folder: Path, mon
     assert found["summary"]["components"]["vae"]["frobenius"] == 0
     assert (folder / "merge" / "mixed.safetensors").read_bytes() == world.model_file(folder, "mixed").read_bytes()
     page = (folder / "index.html").read_text(encoding="utf-8")
+    assert found["summary"]["answer"] in page
     for name in ("svd", "cluster", "merge", "transfer-test"):
         assert f'href="{name}/report.html"' in page
         assert "</html>" in (folder / name / "report.html").read_text(encoding="utf-8")
