@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import random
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,12 +29,14 @@ SMALL = Experiment(
     Measures(held_out=2, draws=1, drawn=2, steps=2),
 )
 
+QUICK = Plan(steps=3, lr=1e-3, batch=4)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topology, "draw", lambda size, seed: TINY)
-        patch.setattr(judge, "PLAN", Plan(steps=3, lr=1e-3, batch=4))
+        patch.setattr(judge, "PLAN", QUICK)
         yield
 
 
@@ -98,6 +104,44 @@ def test_predictions_and_cells_are_all_that_another_machine_needs(
         transfer.transfer_test(SMALL, again)
 
 
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_transfer
+with test_transfer.pytest.MonkeyPatch.context() as patch:
+    patch.setattr(test_transfer.topology, "draw", lambda size, seed: test_transfer.TINY)
+    patch.setattr(test_transfer.judge, "PLAN", test_transfer.QUICK)
+    patch.setattr(test_transfer.transfer, "jobs", test_transfer.few)
+    test_transfer.transfer.transfer_test(test_transfer.SMALL, Path({folder!r}))
+"""
+
+
+def few(*told) -> list[cells.Job]:
+    return [job for job in cells.jobs(*told) if job.target == "hina" and job.base in (None, "tuned", "mixed")]
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_cells(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    again = tmp_path / "out"
+    for name in ("worlds", "predictions"):
+        shutil.copytree(done / name, again / name)
+    shutil.copy(done / "experiment.json", again)
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(again))
+    running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while running.poll() is None and len(list(again.glob("cells/*/*/*.json"))) < 2:
+        time.sleep(0.01)
+    time.sleep(random.random())
+    running.kill()
+    running.wait()
+    assert 2 <= len(list(again.glob("cells/*/*/*.json"))) < 5
+    monkeypatch.setattr(transfer, "jobs", few)
+    monkeypatch.setattr(transfer, "statistics", lambda *_: None)
+    monkeypatch.setattr(transfer, "hypotheses", lambda *_: ())
+    transfer.transfer_test(SMALL, again)
+    assert hashes(again).items() <= hashes(done).items()
+    assert len(list(again.glob("cells/*/*/*.json"))) == 5
+
+
 def test_finished_worlds_alone_can_be_looked_at(done: Path, tmp_path: Path):
     again = shutil.copytree(done, tmp_path / "out")
     two = replace(SMALL, worlds=replace(SMALL.worlds, seeds=(0, 1)))
@@ -127,9 +171,7 @@ def test_a_folder_may_be_named_from_where_one_stands(done: Path, tmp_path: Path,
     for name in ("worlds", "predictions"):
         shutil.copytree(done / name, Path("out") / name)
     shutil.copy(done / "experiment.json", "out")
-    monkeypatch.setattr(
-        transfer, "jobs", lambda *told: [job for job in cells.jobs(*told) if job.base in (None, "tuned")]
-    )
+    monkeypatch.setattr(transfer, "jobs", few)
     monkeypatch.setattr(transfer, "statistics", lambda *_: None)
     monkeypatch.setattr(transfer, "hypotheses", lambda *_: ())
     first = transfer.transfer_test(SMALL, "out").cells
