@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -110,6 +111,12 @@ def canonical(stored: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Para
     """Canonical name -> Param of a file's tensors (stored name -> shape, dtype). EMA copies are left out.
 
     Of two tensors with one meaning (a merge of an old and a new file) the second keeps its stored name."""
+    return dict(_canonical(tuple(stored.items())))
+
+
+@lru_cache(maxsize=32)  # most files of a folder have the same header
+def _canonical(pairs: tuple[tuple[str, tuple[Shape, torch.dtype]], ...]) -> dict[str, Param]:
+    stored = dict(pairs)
     names = [name for name in stored if not name.startswith(EMA_PREFIX)]
     sections = _sections(names)
     params: dict[str, Param] = {}
