@@ -123,12 +123,13 @@ def trial(attack: Attack, truth: zoo_truth.Truth, half: str, seed: int) -> tuple
     own, other = rng.sample(sorted(trees), 2)
     model = rng.choice([n for n in trees[own] if truth.of(n)["kind"] not in zoo_derive.DERIVED])
     path = {n: ZOO / half / f"{n}.safetensors" for n in trees[own] + trees[other]}
-    state, donor = ({k: t.float() for k, t in load_file(path[n]).items()} for n in (model, rng.choice(trees[other])))
-    copy = attack(state, donor, torch.Generator().manual_seed(seed))
+    stored, donor = load_file(path[model]), load_file(path[rng.choice(trees[other])])
+    state, other_state = ({k: t.float() for k, t in found.items()} for found in (stored, donor))
+    copy = attack(state, other_state, torch.Generator().manual_seed(seed))
     with tempfile.TemporaryDirectory(dir=ZOO) as folder:
         for name, source in path.items():
             shutil.copy(source, Path(folder, f"{name}.safetensors"))
-        save_file({k: t.contiguous() for k, t in copy.items()}, Path(folder, "copy.safetensors"))
+        save_file({k: t.to(stored[k].dtype).contiguous() for k, t in copy.items()}, Path(folder, "copy.safetensors"))
         return verdict(lineage.cluster(folder, metadata=False, cache=ZOO / "cache"), model)
 
 

@@ -101,9 +101,7 @@ def _parents(kind: str, own: list[int], rng: np.random.Generator) -> list[int]:
 def _made(kind: str, parents: list[np.ndarray], step: float, rng: np.random.Generator) -> np.ndarray:
     if kind == "merge":
         weights = rng.dirichlet(np.full(len(parents), 8.0))
-        return _stored(
-            sum(w * p.astype(float) for w, p in zip(weights, parents, strict=True)), rng, 1 + weights @ weights
-        )
+        return _stored(weights @ np.stack(parents).astype(float), rng, 1 + float(weights @ weights))
     width = len(parents[0])
     return _stored(parents[0] + rng.normal(0, step / width**0.5, width), rng)
 

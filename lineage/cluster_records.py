@@ -299,4 +299,5 @@ def _near(far: Array, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     chosen = np.zeros(far.shape, bool)
     for near, row in zip(chosen, far, strict=True):
         near[np.argsort(row, kind="stable")[: count + 1]] = True
-    return np.nonzero(np.triu(chosen | chosen.T, 1))
+    first, second = np.nonzero(np.triu(chosen | chosen.T, 1))
+    return first, second
