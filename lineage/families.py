@@ -25,9 +25,7 @@ class Family:
     stability: float
 
 
-def kin(
-    distances: Iterable[NDArray], norms: Array, entries: NDArray, chosen: Thresholds = CHOSEN
-) -> NDArray[np.bool_]:
+def kin(distances: Iterable[NDArray], norms: Array, entries: NDArray, chosen: Thresholds = CHOSEN) -> NDArray[np.bool_]:
     """(n, n): whether two models grew from one initialisation.
 
     distances: squared, (n, n) of each block; norms: (n, blocks) ||W||; entries: (blocks,). Whole models are close, or
