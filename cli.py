@@ -204,7 +204,7 @@ def svd(run: Run, models: Sequence[Path], components: tuple[str, ...], rank: int
 @click.option("--base", metavar="NAME", help="This model is the root of its tree.")
 @click.option("--dates", type=EXISTING, metavar="CSV", help="Lines of name,date: no child is older than its parent.")
 @click.option("--metadata/--no-metadata", default=True, help="Let files speak of their origin, or use weights alone.")
-@click.option("--sketch", is_flag=True, help="Compare by sketches only: each file is read once.")
+@click.option("--sketch", is_flag=True, help="Take distances from sketches, not from all files again.")
 @click.option("--min-confidence", default=0.0, type=click.FloatRange(0, 1), metavar="P", help="Keep what is surer.")
 @click.option("--engine", type=click.Choice(["ray", "dask"]), help="Read files on this cluster, not in this process.")
 @click.option("--address", help="Where the cluster is reached; a local one is started without it.")

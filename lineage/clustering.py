@@ -67,6 +67,7 @@ class Options:
     device: str
     chosen: Thresholds
     known: tuple[tuple[str, str, float], ...] = ()
+    limit: float = 0.0  # seconds that reading the files of one tree again may take
 
 
 def cluster(
@@ -90,9 +91,10 @@ def cluster(
     """The family tree of the models in `folder`: roots, families, fine-tunes, copies and merges, each with reasons.
 
     base: name of a model that is the root of its tree. add: one more file, answered for from what is cached. dates: CSV
-    of name,date; a child never precedes its parent. metadata: let files speak of their origin. sketch: True compares
-    sketches only, False reads all files again (default: whatever fits the time). min_confidence: leave out edges below
-    it. engine, address: joblib's backend for the fingerprints ("ray", "dask"). ignore: sources of evidence not to use
+    of name,date; a child never precedes its parent. metadata: let files speak of their origin. sketch: True takes
+    distances from sketches, False reads all files again for them (default: whatever fits the time); what only entries
+    tell is read from the files of every tree for which that fits the time. min_confidence: leave out edges below it.
+    engine, address: joblib's backend for the fingerprints ("ray", "dask"). ignore: sources of evidence not to use
     (ancestry.SOURCES). LineageError for a folder without models and for names that are no model of it."""
     began = time.monotonic()
     scanned = scan(folder, also=add)
@@ -103,8 +105,9 @@ def cluster(
         raise LineageError(f"base {base!r}: no model of the folder. {did_you_mean(base, names)}")
     said = _said(models) if metadata else []
     days = read_dates(dates, names) if dates else {}
-    choice = choose([m.print.bytes for m in models], sketch=sketch, limit=LIMIT if add is None else ADD_LIMIT)
-    options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days, chosen))
+    limit = LIMIT if add is None else ADD_LIMIT
+    choice = choose([m.print.bytes for m in models], sketch=sketch, limit=limit)
+    options = Options(choice.exact, base, ignore, seed, device, chosen, _known(said, days, chosen), limit)
     grown = list(forest(models, options, progress))
     seconds = time.monotonic() - began
     return records(
@@ -198,8 +201,10 @@ def _tree(members: list[Model], whole: Gram | None, main: Mapping[str, str], opt
     with ExitStack() as stack:
         opened: list[Checkpoint | None] = [None for _ in members]
         gram = whole.part(list(prints)) if whole else sketch_gram(prints, split=MOST_MEMBERS)
-        if options.exact and len(members) > 1:
+        again = options.exact or choose([m.print.bytes for m in members], limit=options.limit).exact
+        if again and len(members) > 1:
             opened = [stack.enter_context(open_checkpoint(m.path)) for m in members]
+        if options.exact and len(members) > 1:
             gram = exact_gram({m.name: m.path for m in members}, prints=prints, device=options.device)
         kin = _kin(prints, opened, gram, main, options)
         base = list(prints).index(options.base) if options.base in prints else None
