@@ -1,4 +1,4 @@
-"""Small layers whose deltas are made together: plain autograd of the same function is the oracle."""
+"""Small layers whose adapted weights are made together: plain autograd of the same function is the oracle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from train.factored import op_of
-from train.together import SMALL, Together, shifted
+from train.together import SMALL, Together, applied
 
 STRENGTH = 0.7
 
@@ -24,7 +24,7 @@ class Factored:
     module: nn.Module
     factors: list[torch.Tensor]
     strength: float = STRENGTH
-    delta: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
 
     @property
     def target(self) -> Any:
@@ -34,9 +34,9 @@ class Factored:
         return self.factors
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.delta is not None, "no delta in the pass"
+        assert self.weight is not None, "no weight in the pass"
         m: Any = self.module
-        return shifted(x, m.weight, m.bias, self.delta, op_of(m))
+        return applied(x, self.weight, m.bias, op_of(m))
 
 
 def dressed(pairs: int, sizes: tuple[tuple[int, int], ...]) -> tuple[nn.Sequential, list[Factored], Together]:
@@ -84,16 +84,16 @@ def test_a_layer_that_the_pass_left_out_has_no_gradient_and_spoils_none():
     assert not any(bool(f.grad.any()) for f in skipped.factors if f.grad is not None)
 
 
-def test_deltas_live_as_long_as_the_pass_even_if_it_fails():
+def test_weights_live_as_long_as_the_pass_even_if_it_fails():
     model, layers, together = dressed(2, ((5, 5),) * 2)
     x = torch.randn(2, 5, dtype=torch.float64)
     model(x)
-    assert all(layer.delta is None for layer in layers)
+    assert all(layer.weight is None for layer in layers)
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 7, dtype=torch.float64))
-    assert all(layer.delta is None for layer in layers)
+    assert all(layer.weight is None for layer in layers)
     together.remove()
-    with pytest.raises(AssertionError, match="no delta"):
+    with pytest.raises(AssertionError, match="no weight"):
         model(x)
 
 
@@ -101,9 +101,9 @@ def test_the_lone_the_large_and_the_switched_off_are_left_to_themselves():
     wide = SMALL // 16
     _, layers, together = dressed(1, ((5, 5), (5, 5), (5, 7), (7, 16), (16, wide), (wide, 16), (16, wide)))
     together.begin()
-    assert [layer.delta is not None for layer in layers] == [True, True, False, False, False, False, False]
+    assert [layer.weight is not None for layer in layers] == [True, True, False, False, False, False, False]
     together.end()
     for layer in layers:
         layer.strength = 0.0
     together.begin()
-    assert all(layer.delta is None for layer in layers)
+    assert all(layer.weight is None for layer in layers)

@@ -21,7 +21,7 @@ from lineage.factors import Factors, factors
 from train.config import Config, NetworkConfig
 from train.factored import adapted, op_of
 from train.targets import Target, targets
-from train.together import Together, shifted
+from train.together import Together, applied
 
 __all__ = ["Network", "targets"]
 
@@ -124,7 +124,7 @@ class _Layer:
     alpha: float
     scale: float
     network: Network
-    delta: Tensor | None = None  # scaled; while its model's forward pass runs, where it was made with those of others
+    weight: Tensor | None = None  # with the delta; while its model's forward pass runs, where those of others are made
 
     def __init__(self, target: Target, config: NetworkConfig, generator: torch.Generator, network: Network):
         rank, self.alpha = _rank_alpha(target, config) or (0, 0.0)
@@ -156,8 +156,8 @@ class _Layer:
     def __call__(self, x: Tensor, alone: bool) -> Tensor:
         """The layer's output with these factors, or only what they add to it."""
         module = self.target.module
-        if self.delta is not None and not alone:
-            return shifted(x, module.weight, module.bias, self.delta, self.op)
+        if self.weight is not None and not alone:
+            return applied(x, self.weight, module.bias, self.op)
         return adapted(x, module.weight, module.bias, self.pairs(), self.strength, self.op, alone=alone)
 
 
