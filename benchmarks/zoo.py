@@ -1,7 +1,7 @@
 """A zoo of small networks with known lineage, and how well `lineage cluster` and its rivals read it.
 
     python benchmarks/zoo.py make [--size dev|full|large] [--plain]   trains; kill it at any time and run it again
-    python benchmarks/zoo.py fit [--size ...]     confidences from the half for tuning, for lineage/thresholds.py
+    python benchmarks/zoo.py fit [--size ...] [--worlds WORLD ...]  lines of lineage/thresholds.py, from the tuning half
     python benchmarks/zoo.py score [--size ...] [--half tune] [-o docs/cluster_benchmark.md] [--failures FILE]
 
 Networks lie in benchmarks/data/zoo-SIZE/{tune,report}, what was taken out of those folders in .../removed, and all that
@@ -204,12 +204,14 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="make all merges by the plain script")
     parser.add_argument("-o", "--output", type=Path, help="the page; else it is printed")
     parser.add_argument("--half", choices=("tune", "report"), default="report")
+    parser.add_argument("--worlds", type=Path, nargs="*", default=[], help="folders of `lineage world` to fit on too")
     parser.add_argument("--failures", type=Path, help="write every wrong edge here, and nothing else")
     options = parser.parse_args()
     options.zoo = zoo_train.DATA / f"zoo-{options.size}"
     torch.set_num_threads(1)
     if options.verb == "fit":
-        return print(zoo_fit.fitted(options.zoo / "tune", options.zoo / "cache", zoo_truth.read(options.zoo, "tune")))
+        truth = zoo_truth.read(options.zoo, "tune")
+        return print(zoo_fit.fitted(options.zoo / "tune", options.zoo / "cache", truth, options.worlds))
     if options.verb != "score":
         build(options)
     if options.verb != "make":

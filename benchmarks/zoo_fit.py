@@ -1,13 +1,15 @@
-"""What the confidences of `lineage cluster` are made of, fitted on the development half of the zoo.
+"""What the confidences of `lineage cluster` are made of, fitted on the development half of the zoo and on miniature
+worlds, whose models are larger and move further.
 
-`python benchmarks/zoo.py fit` prints the lines of lineage/thresholds.py: ROOT, the log-odds that speak for a root
-(conditional logit, McFadden 1974), `trust`, those of an edge (logistic regression), and MERGE_TRUST, shares of merge
-parents that are right.
+`python benchmarks/zoo.py fit --worlds WORLD ...` prints the lines of lineage/thresholds.py: ROOT, the log-odds that
+speak for a root (conditional logit, McFadden 1974), `trust`, those of an edge (logistic regression), and MERGE_TRUST,
+shares of merge parents that are right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +27,32 @@ SOURCES = [s for s in ROOT if s != "known"]
 Ballot = tuple[tuple[str, ...], Array]  # sha256 of the candidates, evidence (candidates, sources)
 
 
-def fitted(folder: Path, cache: Path, truth: Truth) -> str:
-    """The lines to write into lineage/thresholds.py."""
+def fitted(folder: Path, cache: Path, truth: Truth, worlds: Sequence[Path] = ()) -> str:
+    """The lines to write into lineage/thresholds.py. worlds: folders of `lineage world`; they count for roots only."""
     found, ballots = gathered(folder, cache)
-    ends = {truth.node[m.name] for m in found.models if truth.of(truth.node[m.name])["kind"] == "root"}
-    sha = {m.sha256: truth.node[m.name] for m in found.models}
-    votes = [
-        (x, [sha[s] in ends for s in names].index(True)) for names, x in ballots if any(sha[s] in ends for s in names)
-    ]
+    ends = {m.sha256 or "" for m in found.models if truth.of(truth.node[m.name])["kind"] == "root"}
+    votes = cast(ballots, ends)
+    for world in worlds:
+        votes += cast(*of_world(world, cache))
     root = dict(zip(SOURCES, conditional_logit(votes), strict=True)) | {"known": ROOT["known"]}
     x, y = edges(found, truth)
     trust = tuple(round(float(w), 2) for w in logistic(x, y))
     lines = [f"ROOT = { ({s: round(float(w), 2) for s, w in root.items()}) }", f"trust = {trust}"]
     return "\n".join([*lines, f"MERGE_TRUST = {shares(found, truth)}"])
+
+
+def cast(ballots: Sequence[Ballot], ends: Collection[str]) -> list[tuple[Array, int]]:
+    """(evidence, which candidate is true) of each tree that has one. ends: sha256 of the true roots."""
+    told = [(x, [s in ends for s in names]) for names, x in ballots if len(names) > 1]
+    return [(x, true.index(True)) for x, true in told if any(true)]
+
+
+def of_world(world: Path, cache: Path) -> tuple[list[Ballot], set[str]]:
+    """The ballots on a world's models, and its true roots."""
+    models = json.loads((world / "truth.json").read_text(encoding="utf-8"))["models"]
+    found, ballots = gathered(world / "models", cache)
+    roots = {m["name"] for m in models if not m["parents"]}
+    return ballots, {m.sha256 for m in found.models if m.name in roots and m.sha256}
 
 
 def gathered(folder: Path, cache: Path) -> tuple[ClusterResult, list[Ballot]]:

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 TURNED = 100  # models of a tree, above which the trees from all roots are one, turned round
 NO_GAP = 1e-4  # nats per entry, below which a link is no better than the next best
-SOURCES = ("whitening", "merges", "turns", "centrality")
+SOURCES = ("whitening", "merges", "turns", "growth", "centrality")
 
 
 def grow(
@@ -133,7 +133,7 @@ def _finetunes(
         return
     merges = {m.reading.child: m.reading.parents for m in found.merges}
     members = sorted([*core, *merges])
-    table, sizes = _increments(kin, members, ignore, chosen)
+    table, sizes = _increments(kin, members, core, ignore, chosen)
     pending = joins.partly(kin, core, table, sorted(merges), chosen) if "merges" not in ignore else []
     merges |= {p.reading.child: p.reading.parents for p in pending}
     among = table if len(members) == len(kin) else table[:, members][:, :, members]
@@ -170,11 +170,6 @@ class _Grove:
         hung = {at[m]: [at[p] for p in parents if p in at] for m, parents in self.merges.items() if m in at}
         grown = descent(self.cost, at[root], hung)
         return {self.members[c]: self.members[p] for c, p in grown.items()}
-
-    def length(self, tree: Mapping[int, int]) -> float:
-        """Cost of all a tree's links."""
-        at = {m: i for i, m in enumerate(self.members)}
-        return float(sum(self.cost[at[p], at[c]] for c, p in tree.items()))
 
     def trees(self, roots: Sequence[int]) -> dict[int, dict[int, int]]:
         """root -> its likeliest tree; of many models the first root's, turned round: as costs are the same both ways,
@@ -269,12 +264,15 @@ def _baked_rank(kin: Kin, parent: int, child: int, chosen: Thresholds) -> int | 
     return int(np.median([r for r, _ in shares]))
 
 
-def _increments(kin: Kin, members: list[int], ignore: Collection[str], chosen: Thresholds) -> tuple[Array, Array]:
+def _increments(
+    kin: Kin, members: list[int], core: Sequence[int], ignore: Collection[str], chosen: Thresholds
+) -> tuple[Array, Array]:
     """Inner products (parts, n, n) of `members`, in which squared distances add best, and the parts' entries: whitened,
-    tensor by tensor, where there are members enough and their files can be read, else plain, block by block."""
+    tensor by tensor, where the `core`, which is no merges, is large enough and the files can be read, else plain, block
+    by block."""
     sizes = {t.name: t.entries for t in kin.prints[0].tensors}
     models = [m for m in (kin.models[i] for i in members) if m is not None]
-    if "whitening" in ignore or len(models) < max(chosen.whiten_members, len(members)):
+    if "whitening" in ignore or len(core) < chosen.whiten_members or len(models) < len(members):
         blocks = [sum(sizes[n] for n, b in kin.matrices.items() if b == block) for block in kin.blocks]
         return kin.table, np.maximum(blocks, 1.0)
     names, table = whitened_table(
@@ -295,11 +293,12 @@ def votes(
         found.add("centrality", direction.centrality(unmerge.distances(kin.g), roots))
         found.add("degree", {r: float(sum(p == r for p in tree.values())) for r, tree in trees.items()})
     if "turns" not in ignore:
-        for source, g in (("turns", grove.table.sum(0)), ("drift", kin.g)):
-            found.add(source, {r: direction.agreement(tree, g) for r, tree in trees.items()})
-        found.add("tangle", {r: direction.tangle(tree, grove.table.sum(0)) for r, tree in trees.items()})
+        whole = grove.table.sum(0)
+        found.add("turns", {r: direction.agreement(tree, whole, kin.entries) for r, tree in trees.items()})
+    if "growth" not in ignore:
+        seen = unmerge.distances(kin.g), kin.squares, kin.rounding, kin.entries
+        found.add("growth", {r: direction.growth(tree, *seen) for r, tree in trees.items()})
     if kin.known:
         lines = {r: {c: [p] for c, p in tree.items()} | dict(grove.merges) for r, tree in trees.items()}
         found.add("known", {r: direction.precedence(above, kin.known) for r, above in lines.items()})
-    found.add("length", {r: grove.length(tree) for r, tree in trees.items()})
     return found

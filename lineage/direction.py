@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from lineage.graph import ancestors
 
 Array = NDArray[np.float64]
+CHANCE = 3.0  # standard deviations of a random cosine
+FREE = 0.1  # share of the steps that neither decay nor gradients along the weights disturb
+VISIBLE = 4.0  # squared length of a step over the rounding of its ends, for its effect on norms to be told
 
 
 @dataclass
@@ -41,25 +44,42 @@ def centrality(d: Array, members: Sequence[int]) -> dict[int, float]:
     return {m: -float(np.log(max(r, 1e-300))) for m, r in zip(members, rows, strict=True)}
 
 
-def cosines(parent: Mapping[int, int], g: Array) -> Array:
-    """Cosines of all pairs of increments of a tree (child -> parent). g: (n, n) inner products."""
+def _increments(parent: Mapping[int, int], g: Array) -> Array:
+    """Inner products of a tree's increments."""
     children = sorted(parent)
     parents = [parent[c] for c in children]
     inner = g[np.ix_(children, children)] - g[np.ix_(children, parents)] - g[np.ix_(parents, children)]
-    inner = inner + g[np.ix_(parents, parents)]
+    return inner + g[np.ix_(parents, parents)]
+
+
+def agreement(parent: Mapping[int, int], g: Array, entries: int) -> float:
+    """Sign test of the cosines of a tree's increments, in standard deviations: training moves weights in partly the
+    same directions, whatever it starts from, so they agree most when they lead away from the true root. Cosines as
+    random steps of so many entries have do not count."""
+    inner = _increments(parent, g)
     norm = np.sqrt(np.maximum(np.diag(inner), 1e-300))
-    return (inner / norm[:, None] / norm)[np.triu_indices(len(children), 1)]
+    signs = np.sign(inner) * (np.abs(inner) > CHANCE / np.sqrt(entries) * norm[:, None] * norm)
+    pairs = len(signs) * (len(signs) - 1) / 2
+    return float((signs.sum() - np.trace(signs)) / 2 / np.sqrt(pairs)) if pairs else 0.0
 
 
-def agreement(parent: Mapping[int, int], g: Array) -> float:
-    """Mean cosine of a tree's increments: training moves weights in partly the same directions, whatever it starts
-    from, so they agree most when they lead away from the true root."""
-    return float(cosines(parent, g).mean()) if len(parent) > 1 else 0.0
+def growth(parent: Mapping[int, int], d: Array, squares: Array, noise: Array, entries: int) -> float:
+    """Log-odds of a tree's edges against their reversal, from the norms: a step at a right angle to the weights it
+    starts from adds its own square to theirs (0 as the outgroup of all models). Decay of weights, or gradients along
+    them, changes norms by far more than that; such steps tell nothing.
+
+    d: (n, n) squared distances; squares, noise: (n,) ||W||^2 and rounding energy; entries: of a model, by which the
+    chance is told that a random step is at no right angle."""
+    edges = [(p, c) for c, p in sorted(parent.items()) if d[p, c] > VISIBLE * (noise[p] + noise[c])]
+    gained = np.array([(squares[c] - squares[p]) / d[p, c] for p, c in edges])
+    spread = np.sqrt([0.09 + 4 * squares[p] / d[p, c] / entries for p, c in edges])
+    return float(np.log(_gain_density(gained, spread) / _gain_density(-gained, spread)).sum())
 
 
-def tangle(parent: Mapping[int, int], g: Array) -> float:
-    """Mean squared cosine of a tree's increments: those of the true tree are the most independent."""
-    return float((cosines(parent, g) ** 2).mean()) if len(parent) > 1 else 0.0
+def _gain_density(gained: Array, spread: Array) -> Array:
+    """Of (||child||^2 - ||parent||^2) / ||child - parent||^2: near 1 for a share of the steps, anything for others."""
+    free = np.exp(-(((gained - 0.8) / spread) ** 2) / 2) / (spread * np.sqrt(2 * np.pi))
+    return FREE * free + (1 - FREE) * 5 / (10 + np.abs(gained)) ** 2
 
 
 def precedence(above: Mapping[int, Sequence[int]], known: Sequence[tuple[int, int, float]]) -> float:

@@ -46,6 +46,10 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
         for _, reading in sorted(unmerge.resolve(every, kin.g, core, chosen).items()):
             record(found, _described(kin, reading, seed, chosen))
     for child in _left(core, found):
+        reading = _crowd(kin, _left(core, found), child, chosen)
+        if reading and not _read_already(found, reading):
+            record(found, _described(kin, reading, seed, chosen))
+    for child in _left(core, found):
         near = _nearest(kin.g, child, [i for i in core if i != child])
         if len(near) > 1 and _visible(kin, child, near, 1.0, chosen):
             ways = (_by_tensor, _interpolated, _sparse)
@@ -71,6 +75,15 @@ def _readings(kin: Kin, core: Sequence[int], child: int, coarse: float, chosen: 
     if not _dependent(kin.g, limit, child, pool, chosen):
         return []
     return unmerge.readings(kin.g, limit, kin.entries, child, pool, chosen)
+
+
+def _crowd(kin: Kin, core: Sequence[int], child: int, chosen: Thresholds) -> Reading | None:
+    """The exact reading of a model as a merge of many that are no merges themselves."""
+    pool, limit = [i for i in core if i != child], _limit(kin, child, 1.0, chosen)
+    if len(pool) < 3 or not _visible(kin, child, pool, 1.0, chosen):
+        return None
+    known = _dependent(kin.g, limit, child, pool, chosen)
+    return unmerge.crowd(kin.g, limit, kin.entries, child, pool, chosen) if known else None
 
 
 def partly(kin: Kin, core: Sequence[int], white: Array, merges: Sequence[int], chosen: Thresholds) -> list[Merged]:
@@ -131,7 +144,7 @@ def _visible(kin: Kin, child: int, pool: Sequence[int], coarse: float, chosen: T
 
 def _dependent(g: Array, own: float, child: int, pool: Sequence[int], chosen: Thresholds) -> bool:
     """Whether the child lies in the affine hull of the rest, up to rounding: else no subset can explain it."""
-    return unmerge.full_residual(g, child, _nearest(g, child, pool, 64)) <= 2 * chosen.merge_ratio * own
+    return unmerge.full_residual(g, child, _nearest(g, child, pool, 64)) <= chosen.chained * own
 
 
 def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 24) -> list[int]:
@@ -187,7 +200,8 @@ def _certified(kin: Kin, reading: Reading) -> tuple[Reading, Array]:
         return reading, kin.table[np.ix_(range(len(kin.table)), members, members)]
     table = tensor_table(models, [*kin.matrices, *kin.vectors])
     weights, residual = unmerge.affine(table.sum(0), 0, np.arange(1, len(members))[None])
-    floor = reading.own * (unmerge.COARSE + float((weights**2).sum()))
+    once, chained = (reading.own * float(f[0]) for f in unmerge.floors(weights))
+    floor = once if reading.floor <= 1.001 * once else chained
     again = tuple(map(float, weights[0]))
     return Reading(reading.child, reading.parents, again, float(residual[0]), reading.own, floor), table
 
@@ -296,7 +310,7 @@ def _interpolated(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds)
             continue
         residual = spherical(held, [*kin.matrices, *kin.vectors])
         reading = _reading(kin, m)
-        if residual <= chosen.merge_ratio * chosen.single * reading.floor:
+        if residual <= chosen.merge_ratio * (chosen.single if _single(kin, child) else 1) * reading.floor:
             exact = Reading(child, reading.parents, reading.weights, residual, reading.own, reading.floor)
             return Merged(exact, (), None, "slerp", confidence=chosen.merges["slerp"])
     return None

@@ -40,6 +40,12 @@ class Kin:
         names = {*self.matrices, *self.vectors}
         return max(1, sum(t.entries for t in self.prints[0].tensors if t.name in names))
 
+    @property
+    def squares(self) -> Array:
+        """(n,) ||W||^2 of what is compared."""
+        names = {*self.matrices, *self.vectors}
+        return np.array([sum(t.norm**2 for t in p.tensors if t.name in names) for p in self.prints])
+
     @cached_property
     def g(self) -> Array:
         return self.table.sum(0)

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ROOT = {
-    "centrality": 1.56,
-    "degree": 0.9,
-    "turns": 87.0,
-    "drift": 59.0,
-    "tangle": -217.0,
-    "length": -0.15,
-    "known": 1.0,
-}
+ROOT = {"centrality": 2.31, "degree": 0.38, "turns": 1.99, "growth": 1.29, "known": 1.0}
 
 MERGE_TRUST = {
-    "weighted_sum": 0.98, "add_difference": 0.85, "block_weighted": 0.89, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
+    "weighted_sum": 0.98, "add_difference": 0.8, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
     "unknown": 0.67,
 }  # fmt: skip
 
@@ -31,10 +23,13 @@ class Thresholds:
     merge_ratio: float = 1.1  # residual over the rounding floor up to which an affine reading is exact
     merge_weight: float = 0.02  # least weight of a parent
     necessity: float = 1.4  # by which the residual must grow when a parent is left out
+    necessity_chained: float = 10.0  # the same, of a merge made in steps, whose rounding explains more
     visible: float = 10.0  # squared distance to the nearest parent over the child's rounding, for a merge to be told
     noise_gap: float = 1.04  # residual ratios closer than this do not tell two readings apart
     merge_pool: int = 14  # candidates per child whose subsets are all tried
-    merge_parents: int = 5
+    merge_parents: int = 5  # up to which all subsets are tried
+    merge_crowd: int = 8  # most parents of a merge
+    chained: float = 8.0  # rounding energies that a merge made in many steps may leave
     interval: float = 5.0  # standard deviations of a coefficient from its middle to its bounds
     single: float = 3.0  # of the expected rounding energy, that merges in float32 may leave
     half: float = 2.0**26  # rounding energy of float16 over that of float32: of a merge inside a merge
@@ -53,13 +48,13 @@ class Thresholds:
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence
-    trust: tuple[float, float, float] = (3.44, 0.24, -1.19)  # log-odds of an edge: at 0, per log gap, per joined
+    trust: tuple[float, float, float] = (3.03, 0.2, -0.84)  # log-odds of an edge: at 0, per log gap, per joined
     merges: Mapping[str, float] = field(default_factory=lambda: dict(MERGE_TRUST))  # confidence in a merge by method
     metadata: float = 3.0  # log-odds of an order of two models that a file declares
     dates: float = 50.0  # the same, that dates prove
     roots: int = 24  # models of a tree that are tried as its root
     directed: float = 0.7  # probability of a direction from which on an edge has one
-    whiten_members: int = 5  # fewest models of a tree whose increments tell which directions all share
+    whiten_members: int = 8  # fewest models of a tree that are no merges, whose steps tell what all share
     whiten_floor: float = 1e-3  # of the largest eigenvalue, added before the inverse root
     replicates: int = 32  # bootstrap samples of blocks
     family_similarity: float = 0.15  # least silhouette at which a tree is parted into families

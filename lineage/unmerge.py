@@ -25,9 +25,8 @@ COARSE = 1.5  # ulp^2 / 8, the mean square error of a sum that lies on half step
 @dataclass(frozen=True)
 class Reading:
     """child = sum of weights x parents (weights sum to 1). residual: ||child - sum||^2; own: the rounding energy of the
-    child's storage, sum ulp^2 / 12; floor: own (3/2 + sum w^2), as half precision rounds every product too, and its
-    sums lie on half steps, where the mean square of an error is ulp^2 / 8. Parents count as stored: a merge is made of
-    files."""
+    child's storage, sum ulp^2 / 12; floor: what its making leaves, see `floors`. Parents count as stored: a merge is
+    made of files."""
 
     child: int
     parents: tuple[int, ...]
@@ -81,15 +80,9 @@ def candidates(g: Array, child: int, pool: Sequence[int], limit: int) -> list[in
     the full fit keeps longest, and the nearest."""
     if len(pool) <= limit:
         return sorted(pool)
-    d = distances(g)[child]
-    nearest = sorted(pool, key=lambda j: (d[j], j))
-    near = nearest[:64]
+    near = _nearest(g, child, pool)
     kept = [*_convex_support(g, child, near)[: limit // 2], *_eliminate(g, child, near, limit // 2)]
-    return (
-        sorted(dict.fromkeys([*kept, *nearest]))
-        if len({*kept, *nearest}) <= limit
-        else sorted(list(dict.fromkeys([*kept, *nearest]))[:limit])
-    )
+    return sorted(list(dict.fromkeys([*kept, *near]))[:limit])
 
 
 def distances(g: Array) -> Array:
@@ -169,7 +162,8 @@ def readings(
 
 def _exact(g: Array, own: float, child: int, sets: NDArray[np.intp], chosen: Thresholds) -> Iterator[Reading]:
     weights, residual = affine(g, child, sets)
-    floor = own * (COARSE + (weights**2).sum(1))
+    once, chained = floors(weights)
+    floor = own * np.where(residual <= chosen.merge_ratio * own * once, once, chained)
     good = (residual <= chosen.merge_ratio * floor) & (np.abs(weights).min(1) >= chosen.merge_weight)
     for i in np.flatnonzero(good):
         if plausible(weights[i]):
@@ -177,17 +171,55 @@ def _exact(g: Array, own: float, child: int, sets: NDArray[np.intp], chosen: Thr
             yield Reading(child, parents, shares, float(residual[i]), own, float(floor[i]))
 
 
+def floors(weights: Array) -> tuple[Array, Array]:
+    """Energy that rounding leaves in merges with these weights (m, k), over that of storing the child, (m,): made at
+    once, 3/2 + sum w^2, as half precision rounds every product too and its sums lie on half steps, where the mean
+    square of an error is ulp^2 / 8; and made in k - 1 steps, each of which is stored and then weighed by the next."""
+    squares = (weights**2).sum(1)
+    sums = np.cumsum(-np.sort(-weights, 1), 1)  # of convex ones; the heaviest come first: at most that much is left
+    steps = (COARSE * sums[:, 1:] ** 2 + sums[:, :-1] ** 2).sum(1) + squares - weights.max(1) ** 2
+    k = weights.shape[1]
+    added = COARSE * (k - 1 if k > 3 else 1) + squares  # a + w (b - c) is one step
+    return COARSE + squares, np.where(weights.min(1) >= 0, steps, added)
+
+
 def plausible(weights: Array, tolerance: float = 0.02) -> bool:
-    """Convex, or an add-difference: one parent whole, and at most as much of another as is taken off the third."""
+    """Convex; or an add-difference: one parent whole, and at most as much of another as is taken off the third; or
+    several, each adding at most the whole of what one parent differs by from the same base."""
     w = np.sort(weights)
-    return bool(w[0] >= 0 or (len(w) == 3 and w[0] >= -1 and w[1] > 0 and abs(w[2] - 1) < tolerance))
+    one = len(w) == 3 and w[0] >= -1 and w[1] > 0 and abs(w[2] - 1) < tolerance
+    return bool(w[0] >= 0 or one or (len(w) > 3 and w[1] > 0 and w[-1] < 1 + tolerance))
+
+
+def crowd(
+    g: Array, own: float, entries: int, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN
+) -> Reading | None:
+    """An exact reading as a merge of many parents: what is left when the member that matters least is dropped again and
+    again. What two explain nearly, but not to the rounding, hides those that explain it, so each of the last two is
+    left out in turn."""
+    order = _eliminate(g, child, _nearest(g, child, pool), 2)
+    for hidden in (None, *order):
+        near = _nearest(g, child, [m for m in pool if m != hidden])
+        for size in range(3, min(chosen.merge_crowd, len(near)) + 1):
+            kept = np.array([sorted(_eliminate(g, child, near, size))], np.intp)
+            for reading in _exact(g, own, child, kept, chosen):
+                if _needed(g, reading, entries, chosen):
+                    return reading
+    return None
+
+
+def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 64) -> list[int]:
+    pool = sorted(pool)
+    return [pool[i] for i in np.argsort(from_one(g, child, pool), kind="stable")[:count]]
 
 
 def _needed(g: Array, reading: Reading, entries: int, chosen: Thresholds) -> bool:
     """Whether the fit without any one of the parents is worse than chance and a little more."""
     sets = np.array(list(combinations(reading.parents, len(reading.parents) - 1)), np.intp)
     residual = affine(g, reading.child, sets)[1]
-    growth = max(chosen.necessity, 1 + 8 * np.sqrt(2 / entries))
+    usual = reading.convex or len(reading.parents) == 3
+    plain = usual and reading.floor <= 1.001 * reading.own * floors(np.array([reading.weights]))[0][0]
+    growth = max(chosen.necessity if plain else chosen.necessity_chained, 1 + 8 * np.sqrt(2 / entries))
     return bool((residual > growth * max(reading.own, reading.residual)).all())
 
 
@@ -195,15 +227,16 @@ def resolve(found: Iterable[Reading], g: Array, pool: Sequence[int], chosen: Thr
     """One reading per merged model: child -> reading. Each dependency is read from one end only, and no model
     descends from itself. pool: all models, over which the shortest tree is drawn."""
     found = list(found)
+    convex = {r.child for r in found if r.convex}
+    found = [r for r in found if r.convex or r.child not in convex]  # what is made of a model knows its rounding
     best: dict[int, float] = {}
     for r in found:
-        best[r.child] = min(best.get(r.child, np.inf), r.ratio)
-    convex = {r.child for r in found if r.convex}
+        best[r.child] = min(best.get(r.child, np.inf), r.residual)
     d = distances(g)
     length = {r.child: _length_without(d, pool, r.child) for r in found if not r.convex}
 
     def rank(r: Reading) -> tuple:
-        worse = r.ratio > chosen.noise_gap * best[r.child]
+        worse = r.residual > chosen.noise_gap * best[r.child]
         merged = sum(p in convex for p in r.parents)
         return worse, len(r.parents), not r.convex, 0.0 if r.convex else length[r.child], merged, r.ratio, r.child
 

@@ -23,7 +23,7 @@ def root(seed: int) -> Weights:
     return found
 
 
-def tune(parent: Weights, seed: int, size: float = 0.02) -> Weights:
+def tune(parent: Weights, seed: int, size: float = 0.04) -> Weights:
     """A fine-tune: every entry moves, by `size` of its tensor's rms."""
     g = torch.Generator().manual_seed(seed)
     return {k: w + size * w.square().mean().sqrt() * torch.randn(w.shape, generator=g) for k, w in parent.items()}
