@@ -22,16 +22,30 @@ def test_increments_that_share_a_direction_agree_away_from_the_root(root):
     w = np.zeros((5, 2000))
     for child, parent in trees[root].items():
         w[child] = w[parent] + drift + rng.normal(size=2000)
-    scores = {r: direction.agreement(tree, w @ w.T) for r, tree in trees.items()}
+    scores = {r: direction.agreement(tree, w @ w.T, 2000) for r, tree in trees.items()}
     assert max(scores, key=lambda r: scores[r]) == root
 
 
-def test_agreement_is_the_mean_cosine_of_pairs():
-    w = np.random.default_rng(1).normal(size=(4, 50))
-    moves = np.array([w[1] - w[0], w[2] - w[1], w[3] - w[1]])
-    unit = moves / np.linalg.norm(moves, axis=1, keepdims=True)
-    expected = np.mean([unit[i] @ unit[j] for i in range(3) for j in range(3) if i != j])
-    assert direction.agreement({1: 0, 2: 1, 3: 1}, w @ w.T) == pytest.approx(expected)
+def test_agreement_counts_the_pairs_that_agree_beyond_chance():
+    rng = np.random.default_rng(1)
+    shared, moves = rng.normal(size=400), rng.normal(size=(4, 400))
+    moves[0] += 2 * shared
+    moves[1] += 2 * shared
+    moves[2] -= 2 * shared
+    w = np.vstack([np.zeros(400), moves])  # a star: 0 and 1 agree, 2 is against both, 3 has nothing to do with them
+    assert direction.agreement({1: 0, 2: 0, 3: 0, 4: 0}, w @ w.T, 400) == pytest.approx((1 - 2) / np.sqrt(6))
+    assert direction.agreement({1: 0}, w @ w.T, 400) == 0
+
+
+def test_norms_that_grow_by_their_steps_tell_a_tree_from_its_reversal():
+    rng = np.random.default_rng(2)
+    w = np.cumsum(rng.normal(size=(4, 3000)), 0)
+    d = ((w[:, None] - w[None]) ** 2).sum(2)
+    seen = (d, (w**2).sum(1), np.zeros(4), 3000)
+    there, back = (direction.growth(tree, *seen) for tree in ({1: 0, 2: 1, 3: 2}, {0: 1, 1: 2, 2: 3}))
+    assert there > 1
+    assert back < -1
+    assert direction.growth({1: 0, 2: 1}, d, (w**2).sum(1), np.full(4, 1e9), 3000) == 0
 
 
 def test_an_order_that_is_known_counts_for_the_trees_that_keep_it():

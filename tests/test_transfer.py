@@ -110,6 +110,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_transfer
 with test_transfer.pytest.MonkeyPatch.context() as patch:
+    test_transfer.torch.set_num_threads({threads})
     patch.setattr(test_transfer.topology, "draw", lambda size, seed: test_transfer.TINY)
     patch.setattr(test_transfer.judge, "PLAN", test_transfer.QUICK)
     patch.setattr(test_transfer.transfer, "jobs", test_transfer.few)
@@ -126,7 +127,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_cells(done: Path, tmp_path: 
     for name in ("worlds", "predictions"):
         shutil.copytree(done / name, again / name)
     shutil.copy(done / "experiment.json", again)
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(again))
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(again), threads=torch.get_num_threads())
     running = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while running.poll() is None and len(list(again.glob("cells/*/*/*.json"))) < 2:
         time.sleep(0.01)
