@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -41,9 +41,11 @@ from lineage.families import affinities, families
 from lineage.fingerprint import Fingerprint
 from lineage.folder import Folder, declared_parent
 from lineage.found_recipe import toml
+from lineage.gram import Gram
 from lineage.hashing import own_short_hash
 from lineage.kin import Merged
 from lineage.results import Interval, provenance
+from lineage.thresholds import CHOSEN
 
 if TYPE_CHECKING:
     from lineage.clustering import Model, Tree
@@ -144,9 +146,25 @@ def _swaps(found: Found, edges: Sequence[Edge]) -> Iterator[Edge]:
     """Components that came from another model than the rest."""
     held = {m.name: {c: d for c, d in components(m.print).items() if c in PARTS} for m in found.models}
     parent = {e.child: e.parent for e in edges if e.relation != "merge"}
+    grams = {m.name: tree.whole for tree in found.trees for m in tree.members}
+    own = {m.name: m.print for m in found.models}
     for donor, model, component in donors(held, parent):
+        blocks = {t.block for t in own[model].tensors if t.component == component}
+        if _rounded(grams[model], model, parent[model], blocks):
+            continue
         words = Evidence("bytes", f"its {component} is bit for bit that of {donor}, not that of {parent[model]}")
         yield Edge(donor, model, "component", None, None, None, True, 0.9, (words,), component=component)
+
+
+def _rounded(gram: Gram, model: str, parent: str, blocks: Collection[str]) -> bool:
+    """Whether what lies in these blocks of two models differs by no more than storing it did: merging equal weights
+    rounds them anew, and swaps nothing."""
+    if model not in gram.names or parent not in gram.names:
+        return False
+    rows = [i for i, block in enumerate(gram.blocks) if block in blocks]
+    a, b = gram.names.index(model), gram.names.index(parent)
+    apart = sum(float(gram.distances(gram.blocks[i])[a, b]) for i in rows)
+    return bool(rows) and apart <= CHOSEN.copy_ratio * float(gram.rounding[[a, b]][:, rows].sum())
 
 
 @dataclass(frozen=True)

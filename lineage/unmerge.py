@@ -195,16 +195,13 @@ def crowd(
     g: Array, own: float, entries: int, child: int, pool: Sequence[int], chosen: Thresholds = CHOSEN
 ) -> Reading | None:
     """An exact reading as a merge of many parents: what is left when the member that matters least is dropped again and
-    again. What two explain nearly, but not to the rounding, hides those that explain it, so each of the last two is
-    left out in turn."""
-    order = _eliminate(g, child, _nearest(g, child, pool), 2)
-    for hidden in (None, *order):
-        near = _nearest(g, child, [m for m in pool if m != hidden])
-        for size in range(3, min(chosen.merge_crowd, len(near)) + 1):
-            kept = np.array([sorted(_eliminate(g, child, near, size))], np.intp)
-            for reading in _exact(g, own, child, kept, chosen):
-                if _needed(g, reading, entries, chosen):
-                    return reading
+    again. pool: no merges of the same parents, which would be left in their stead."""
+    near = _nearest(g, child, pool)
+    for size in range(3, min(chosen.merge_crowd, len(near)) + 1):
+        kept = np.array([sorted(_eliminate(g, child, near, size))], np.intp)
+        for reading in _exact(g, own, child, kept, chosen):
+            if _needed(g, reading, entries, chosen):
+                return reading
     return None
 
 

@@ -136,3 +136,37 @@ def test_no_subset_is_nearer_than_the_hull():
     whole = unmerge.full_residual(g, 0, range(1, 7))
     for size in range(1, 6):
         assert (unmerge.affine(g, 0, np.array(list(combinations(range(1, 7), size))))[1] >= whole * (1 - 1e-9)).all()
+
+
+def test_many_steps_that_were_stored_leave_more_rounding_than_one():
+    w = weights_of(9, 31)
+    stored, _ = half(w)
+    mixed = stored[1]
+    for k, m in enumerate(stored[2:6], 2):
+        mixed = half(((k - 1) / k * mixed + m / k)[None])[0][0]
+    every = np.vstack([stored, mixed])
+    own = half(every)[1][-1]
+    equal = np.full((1, 5), 0.2)
+    once, chained = (float(f[0]) * own for f in unmerge.floors(equal))
+    residual = float(((mixed - stored[1:6].mean(0)) ** 2).sum())
+    assert CHOSEN.merge_ratio * 1.2 * own < residual <= chained
+    assert once < chained
+    found = unmerge.readings(inner(every), own, ENTRIES, 9, range(9))
+    assert {r.parents for r in found} == {(1, 2, 3, 4, 5)}
+
+
+def test_differences_added_one_after_another_are_one_merge():
+    w, _ = half(weights_of(12, 32))
+    stored, energies = half(np.vstack([w, w[0] + 0.5 * (w[1:7] - w[0]).sum(0)]))
+    found = unmerge.crowd(inner(stored), energies[12], ENTRIES, 12, range(12))
+    assert found is not None
+    assert found.parents == tuple(range(7))
+    assert found.weights == pytest.approx((-2, *[0.5] * 6), abs=5e-3)
+
+
+def test_what_was_made_of_a_merge_knows_its_rounding_but_is_no_parent_of_it():
+    w = weights_of(6, 33)
+    convex = unmerge.Reading(5, (1, 2, 3), (0.35, 0.35, 0.3), 2.0, 1.0, 2.0)
+    backwards = unmerge.Reading(5, (0, 1, 2, 4), (-0.2, 0.3, 0.3, 0.6), 1.0, 1.0, 2.0)
+    for found in ([convex, backwards], [backwards, convex]):
+        assert unmerge.resolve(found, inner(w), range(6)) == {5: convex}
