@@ -159,6 +159,7 @@ def _read_already(found: Ancestry, reading: Reading) -> bool:
 
 
 def record(found: Ancestry, merged: Merged) -> None:
+    """Add a merge and a link from each of its parents; links show weights where these have an interval."""
     found.merges.append(merged)
     reading = merged.reading
     spans = merged.intervals or ((None, None),) * len(reading.parents)

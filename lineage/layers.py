@@ -103,6 +103,7 @@ class Facts:
         return self.layer(zero, Seen(0.0, 0.0, 0, 0, zero.singular_values), ks)
 
     def layer(self, s: Spectrum, seen: Seen, ks: list[int]) -> LayerSpectrum:
+        """The record of one matrix: its spectrum, what of it stands out of rounding, energies at ranks `ks`."""
         k_90, k_90_at_least = s.k_at(0.9)
         k_99, k_99_at_least = s.k_at(0.99)
         return LayerSpectrum(

@@ -105,6 +105,7 @@ def svd_groups(summary: dict[str, Any]) -> Table:
 
 
 def svd_layers(layers: list[dict[str, Any]], k: int, title: str) -> Table:
+    """A row per layer, with the energy in its `k` leading ranks where that was asked for."""
     made = table("layer", ">shape", ">relative", f">energy in {k}", ">k 90 %", ">signal rank", title=title)
     for layer in layers:
         energy = layer["energy"].get(str(k))

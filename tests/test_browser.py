@@ -250,6 +250,8 @@ def test_colours_follow_the_scheme(visit, svd_file):
     page.emulate_media(color_scheme="dark")
     wait(page, f"({ink}) !== '{light}'")
     page.emulate_media(color_scheme="light")
+    wait(page, f"({ink}) === '{light}'")
+    assert page.evaluate(ink) == light
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")])
@@ -368,6 +370,7 @@ def test_a_recipe_is_copied_or_selected(visit, cluster_file):
     page.evaluate("document.querySelector('button.copy').closest('details').open = true")
     button.click()
     wait(page, "/Copied|Selected/.test(document.querySelector('button.copy').textContent)")
+    assert button.inner_text().startswith(("Copied", "Selected"))
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1400, "dark")])

@@ -152,8 +152,10 @@ def test_finished_worlds_alone_can_be_looked_at(done: Path, tmp_path: Path):
     told["made_of"]["experiment"] = two.hash
     file.write_text(json.dumps(told), encoding="utf-8")
     assert [w.name for w in transfer.transfer_test(two, again, finished_only=True).worlds] == ["quick-0"]
-    with pytest.raises(LineageError, match="no world is finished"):
-        transfer.transfer_test(two, tmp_path / "other", finished_only=True)
+    file.unlink()
+    for folder in (again, tmp_path / "other"):
+        with pytest.raises(LineageError, match="no world is finished"):
+            transfer.transfer_test(two, folder, finished_only=True)
 
 
 def test_confirmatory_worlds_follow_from_predictor_and_settings_alone(monkeypatch: pytest.MonkeyPatch):

@@ -112,7 +112,7 @@ def examine(
         told(extracted(base, parent, child, k, examiner), f"extracted, {k or 'all'}") for k in (*protocol.ranks, None)
     ]
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "trained.safetensors"
+        file = Path(scratch) / "trained.safetensors"  # the last, widest one stays
         learned = [told(trained(world, parent, model, k, examiner, file), f"trained, {k}") for k in protocol.trained]
         smaller = [told(compressed(base, file, k, examiner), f"compressed, {k}") for k in protocol.trained[:-1]]
     found = lineage.svd(parent, child, components=("unet", "text_encoder"), solver="full")

@@ -22,7 +22,7 @@ from lineage.errors import LineageError
 from lineage.records import restore
 from lineage.results import provenance, write_files
 from lineage.transfer_measures import readings
-from lineage.transfer_records import PairPrediction, TransferResult, WorldFacts, predictions_hash, world_facts
+from lineage.transfer_records import Cell, PairPrediction, TransferResult, WorldFacts, predictions_hash, world_facts
 from lineage.transfer_statistics import statistics
 from lineage.verdicts import hypotheses
 from train import topology, world
@@ -55,19 +55,15 @@ def transfer_test(
     began, folder = time.monotonic(), Path(os.path.abspath(folder))
     world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
     pools = partial(in_parallel, jobs=workers, engine=engine, address=address, progress=progress)
+    seeds = [seed for seed in experiment.seeds if not finished_only or _complete(folder, experiment, seed)]
+    if not seeds:
+        raise LineageError(f"{folder}: no world is finished yet.")
     facts, foretold, cells = [], [], []
-    for seed in experiment.seeds:
-        if finished_only and not all(job.file.exists() for job in jobs(folder, experiment, seed, "")):
-            continue
-        fact, pairs = _foretold(folder, experiment, seed, progress)
-        todo = jobs(folder, experiment, seed, predictions_hash(pairs))
-        if any(finished(job) is None for job in todo):
-            world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
+    for seed in seeds:
+        fact, pairs, measured = _measured(folder, experiment, seed, pools, progress)
         facts.append(fact)
         foretold += pairs
-        cells += [cell for found in pools(run, todo) for cell in found]
-    if not facts:
-        raise LineageError(f"{folder}: no world is finished yet.")
+        cells += measured
     found = readings(cells, facts, experiment.design)
     told = provenance("transfer-test", {}, seed=experiment.seeds[0], seconds=round(time.monotonic() - began, 1))
     return TransferResult(
@@ -75,6 +71,22 @@ def transfer_test(
         tuple(foretold), tuple(cells), found.dropped, statistics(cells, facts, foretold, experiment.design),
         hypotheses(frame(found)), notes=NOTES,
     )  # fmt: skip
+
+
+def _measured(
+    folder: Path, experiment: Experiment, seed: int, pools: Callable[..., list[list[Cell]]], progress: Progress | None
+) -> tuple[WorldFacts, list[PairPrediction], list[Cell]]:
+    """One world: what is missing of it is made, foretold and measured."""
+    fact, pairs = _foretold(folder, experiment, seed, progress)
+    todo = jobs(folder, experiment, seed, predictions_hash(pairs))
+    if None in [finished(job) for job in todo]:  # all of them: stale ones are refused before anything is trained
+        world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
+    return fact, pairs, [cell for found in pools(run, todo) for cell in found]
+
+
+def _complete(folder: Path, experiment: Experiment, seed: int) -> bool:
+    files = [job.file for job in jobs(folder, experiment, seed, "")]
+    return all(file.exists() for file in (_foretold_file(folder, experiment, seed), *files))
 
 
 def forecast(experiment: Experiment) -> dict[str, int]:
@@ -96,13 +108,17 @@ def home(folder: Path, experiment: Experiment, seed: int) -> Path:
     return folder / "worlds" / f"{experiment.worlds.size}-{seed}"
 
 
+def _foretold_file(folder: Path, experiment: Experiment, seed: int) -> Path:
+    return folder / "predictions" / f"{home(folder, experiment, seed).name}.json"
+
+
 def _foretold(
     folder: Path, experiment: Experiment, seed: int, progress: Progress | None
 ) -> tuple[WorldFacts, list[PairPrediction]]:
     """Facts and predictions of a world, made once, before its first training; they and its cells are all that another
     machine needs to go on."""
     made = home(folder, experiment, seed)
-    file = folder / "predictions" / f"{made.name}.json"
+    file = _foretold_file(folder, experiment, seed)
     made_of = {"experiment": experiment.hash, "code": prediction.code_hash()}
     if not file.exists():
         world.build(topology.draw(experiment.worlds.size, seed), made, progress)
