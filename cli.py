@@ -589,7 +589,7 @@ def _sides(text: str | None) -> tuple[str, str] | None:
     type=click.Choice(["quick", "small", "article"]),
     default="quick",
     show_default=True,
-    help="6 models, 10, or every role of the article.",
+    help="6 models, 11, or every role of the article.",
 )
 @click.option("--seed", default=0, show_default=True, help="Another seed: other trees, styles and rates.")
 @_options(VERBOSE, QUIET)
@@ -615,6 +615,7 @@ def world(run: Run, folder: Path, size: str, seed: int) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Its own folder.")
 @click.option("--dry-run", is_flag=True, help="Only say how much would be trained and measured.")
 @click.option("--finished-only", is_flag=True, help="Conclude from the worlds that are finished, and run nothing.")
+@DEVICE
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes at once.")
 @click.option("--engine", type=click.Choice(["ray", "dask"]), help="Measure on a cluster of this kind instead.")
 @click.option("--address", metavar="ADDRESS", help="Of that cluster.")
@@ -632,7 +633,7 @@ def transfer_test(run: Run, config: Path | None, dry_run: bool, **options: Any) 
 
         experiment = Experiment.read(config)
         if dry_run:
-            return click.echo("\n".join(f"{n:8,}  {what}" for what, n in transfer.forecast(experiment).items()))
+            return click.echo("\n".join(f"{n:>8}  {what}" for n, what in transfer.forecast(experiment, run.folder)))
         found = transfer.transfer_test(experiment, run.folder, progress=progress, **options)
     replace(run, force=True).finish(found)
 

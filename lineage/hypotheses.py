@@ -23,11 +23,12 @@ SETUPS = {
     "large": "dim 32, convolutions 16, alpha 1",
     "large fast": "dim 32, convolutions 16, alpha 1, learning rate 5e-4",
     "large half alpha": "dim 32, convolutions 16, alpha half of each",
+    "constant": "constant learning rate",
     "cosine": "cosine schedule of the learning rate",
     "dadaptation": "D-Adaptation sets the learning rate",
     "half text rate": "the text encoder learns at half the rate",
-    "clip skip 1": "trained and applied at clip skip 1",
-    "clip skip mixed": "trained at clip skip 1, applied at 2",
+    "other clip skip": "trained and applied at clip skip 1 where the default is 2, else at 2",
+    "mixed clip skip": "trained at that other clip skip, applied at the default",
 }
 
 SOURCES = ("NAI", "AC", "source-1", "source-2", "source", "other-source")
@@ -233,8 +234,8 @@ TRANSFER = (
     ),
     Claim(
         "weight", "At the design's lower weight more of the model's look stays than at full weight", _SPEED,
-        "the same adapter on the same model at both weights",
-        by=("target", "base", "model"), b=Pick(weight=FULL), measures=RETENTION,
+        "the same adapter on its own model at both weights", Pick(relation=SELF), Pick(relation=SELF, weight=FULL),
+        by=("target", "base"), measures=RETENTION,
     ),
     Claim(
         "speed", "Training is no faster on AnyLora than on its kin", _SPEED,
@@ -270,8 +271,8 @@ TRAINING = (
         beyond=(_trained(CHARACTER), _trained(CHARACTER, "no tags")),
     ),
     Claim(
-        "pruned", "Pruned tags bind the subject better than all tags", "Captioning", "pruned tags against all",
-        _trained(), _trained(setup="all tags"), _BY,
+        "pruned", "Pruned tags bind the subject better than all tags", "Captioning",
+        "pruned tags against all, characters", _trained(CHARACTER), _trained(CHARACTER, "all tags"), _BY,
     ),
     Claim(
         "regularisation", "Pictures of other styles keep the model's look from being baked over",
@@ -303,7 +304,7 @@ TRAINING = (
     Claim(
         "cosine", "A cosine schedule learns slower", "Optimizer, scheduler, learning rate",
         "constant against cosine, at the end",
-        _trained(), _trained(setup="cosine"), _BY,
+        _trained(setup="constant"), _trained(setup="cosine"), _BY,
     ),
     Claim(
         "dadaptation", "D-Adaptation is fast on styles, slow on characters", "Optimizer, scheduler, learning rate",
@@ -332,11 +333,11 @@ TRAINING = (
     ),
     Claim(
         "clip-skip", "Clip skip does not matter", "Clip skip 1 versus 2", "1 against 2, each applied as trained",
-        _trained(setup="clip skip 1"), _trained(), _BY, measures=("lift",), margin=ALIKE,
+        _trained(setup="other clip skip"), _trained(), _BY, measures=("lift",), margin=ALIKE,
     ),
     Claim(
         "clip-skip-mixed", "As long as it is the same in training and use", "Clip skip 1 versus 2",
-        "applied as trained against mixed", _trained(), _trained(setup="clip skip mixed"), _BY,
+        "applied as trained against mixed", _trained(), _trained(setup="mixed clip skip"), _BY,
     ),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ from lineage.results import write_files
 from train import lessons, pictures, showcase, topology, transfer, world
 from train.config import Config, SaveConfig
 from train.experiment import Experiment, Lessons, Measures, Worlds
+from train.sites import WorldSite
 
 if TYPE_CHECKING:
     from train.topology import Merge, Model, World
@@ -130,7 +131,7 @@ def _weights(plan: World, folder: Path, base: Model, style: str, file: Path) -> 
 def _transfer(plan: World, folder: Path, progress: Progress | None) -> Station:
     """The experiment on a copy of the world, as both own their folders."""
     experiment = replace(EXPERIMENT, worlds=Worlds(seeds=(plan.seed,)))
-    home = transfer.home(folder / "transfer-test", experiment, plan.seed)
+    home = WorldSite(experiment, plan.seed, folder / "transfer-test").home
     if not home.exists():
         world.claim(folder / "transfer-test", "experiment.json", experiment.to_json(), "experiment")
         shutil.copytree(folder, home, ignore=lambda _, names: {n for n in names if n in ASIDE})

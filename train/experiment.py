@@ -5,24 +5,42 @@ size = "small"
 seeds = [1, 2, 3]
 [training]
 steps = 150
+
+or, of models and pictures of one's own,
+
+[files]
+models = "models/"
+bases = ["nai", "AC"]
+lesson = "train.toml"         # settings of `lineage train`
+judges = ["clip:clip-vit-base-patch32/"]
+[targets.yozora]
+kind = "style"
+pictures = "yozora/"          # folders as `lineage train` reads them
+held_out = "yozora-held-out/"
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lineage import prediction
 from lineage.errors import FileError, LineageError
+from lineage.hypotheses import SETUPS
 from lineage.recipe import did_you_mean
-from lineage.transfer_records import Design
+from lineage.transfer_records import KINDS, Design
+from train.config import Config
 from train.topology import SHAPES
 from train.values import CHOICES, read_value
+
+ALGOS = CHOICES["network.algo"]
+JUDGES = ("clip", "dino")
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,49 @@ class Lessons:
 
 
 @dataclass(frozen=True)
+class Secondary:
+    """Trainings beside the main matrix: other `networks` of equal size, and `setups` of lineage.hypotheses.SETUPS; on
+    the first `bases`, each put on itself and on the first `models`."""
+
+    networks: tuple[str, ...] = ()
+    setups: tuple[str, ...] = ()
+    bases: int = 4
+    models: int = 6
+
+
+@dataclass(frozen=True)
+class Files:
+    """One's own models in place of worlds. `models`: their folder; `bases`: names (stems) of those that adapters are
+    trained on; `apply`: of those they are only put on (empty: all others). `lesson`: settings of `lineage train`, whose
+    base, data, seed and folder are replaced. judges: "clip:FOLDER" or "dino:FOLDER", image models of transformers, to
+    whom `references` shows what they judge by: a folder with a folder of pictures for each target, and for other
+    styles and characters. own: a folder with kohya-style folders for each model that has pictures of its own kind.
+    regularisation, photographs: kohya-style folders, for the setups that need them."""
+
+    models: Path
+    bases: tuple[str, ...]
+    lesson: Path
+    apply: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    references: Path | None = None
+    own: Path | None = None
+    regularisation: Path | None = None
+    photographs: Path | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an adapter is to learn: `pictures` to train on and `held_out` ones for the loss, both kohya-style folders,
+    and `prompts` to draw (empty: the captions of the first held-out pictures)."""
+
+    name: str
+    kind: str
+    pictures: Path
+    held_out: Path
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Measures:
     """held_out pictures, each at `draws` timesteps; `drawn` pictures for the judges; weights as in Design."""
 
@@ -70,37 +131,47 @@ LEAST = {
     "training.batch": 1,
     "training.pictures": 1,
     "training.clip_skip": 1,
+    "secondary.bases": 0,
+    "secondary.models": 0,
     "measures.held_out": 2,  # one picture has no standard error
     "measures.draws": 1,
     "measures.drawn": 1,
     "measures.steps": 1,
 }
-TABLES: dict[str, type] = {"worlds": Worlds, "training": Lessons, "measures": Measures}
+TABLES: dict[str, type] = {
+    "worlds": Worlds,
+    "training": Lessons,
+    "secondary": Secondary,
+    "measures": Measures,
+    "files": Files,
+}
+OF_THE_LESSON = {
+    "network",
+    "steps",
+    "batch",
+    "lr",
+    "pictures",
+    "clip_skip",
+}  # [training] keys that [files] has no use for
+CLIP_SKIP = "data.clip_skip=2"  # the article's, of models of full size
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All settings. LineageError where a value is not allowed, or nothing would be trained."""
+    """All settings. lesson: those of `files.lesson` as resolved. LineageError where a value is not allowed, or nothing
+    would be trained."""
 
     worlds: Worlds = field(default_factory=Worlds)
     training: Lessons = field(default_factory=Lessons)
+    secondary: Secondary = field(default_factory=Secondary)
     measures: Measures = field(default_factory=Measures)
+    files: Files | None = None
+    targets: tuple[Target, ...] = ()
+    lesson: str = ""
 
     def __post_init__(self) -> None:
-        if self.worlds.size not in SHAPES:
-            raise LineageError(f"worlds.size: {self.worlds.size!r} is not known. Allowed: {', '.join(SHAPES)}.")
-        for name, least in LEAST.items():
-            if self._value(name) < least:
-                raise LineageError(f"{name}: {self._value(name)} is too small. Allowed: {least} and more.")
-        if self.training.network not in CHOICES["network.algo"]:
-            raise LineageError(f"training.network: {self.training.network!r} is not known.")
-        if not (self.measures.weight > 0 and self.measures.reference_weight > 0):
-            raise LineageError("measures: weight and reference_weight must be more than 0.")
-        if self.worlds.styles + self.worlds.characters < 1:
-            raise LineageError("worlds: styles and characters are 0, so there is no target.")
-        for name in ("worlds.seeds", "training.seeds"):
-            if not self._value(name):
-                raise LineageError(f"{name}: name at least one.")
+        for fault in _faults(self):
+            raise LineageError(fault)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -114,7 +185,8 @@ class Experiment:
         numbers = (hashlib.sha256(f"{made_of} {n}".encode()) for n in range(self.worlds.confirmatory))
         return tuple(int(number.hexdigest()[:7], 16) for number in numbers)
 
-    def _value(self, name: str) -> Any:
+    def value(self, name: str) -> Any:
+        """Of `table.key`."""
         table, key = name.split(".")
         return getattr(getattr(self, table), key)
 
@@ -128,7 +200,7 @@ class Experiment:
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as e:
             raise FileError(path, f"cannot be read as TOML: {e}.") from e
         try:
-            return cls(**{name: _table(name, found) for name, found in tables.items()})
+            return _experiment(tables, Path(os.path.abspath(path)).parent)
         except LineageError as e:
             raise LineageError(f"{path}: {e}") from None
 
@@ -137,7 +209,7 @@ class Experiment:
         return Design(self.training.network, self.measures.weight, self.measures.reference_weight)
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @property
     def hash(self) -> str:
@@ -145,13 +217,88 @@ class Experiment:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _table(name: str, found: Any) -> Any:
-    if name not in TABLES:
-        raise LineageError(f"unknown table [{name}]. {did_you_mean(name, TABLES)}")
+def _faults(e: Experiment) -> Iterator[str]:
+    if e.worlds.size not in SHAPES:
+        yield f"worlds.size: {e.worlds.size!r} is not known. Allowed: {', '.join(SHAPES)}."
+    for name, least in LEAST.items():
+        if e.value(name) < least:
+            yield f"{name}: {e.value(name)} is too small. Allowed: {least} and more."
+    for name, known in (("training.network", ALGOS), ("secondary.networks", ALGOS), ("secondary.setups", SETUPS)):
+        value = e.value(name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one not in known:
+                yield f"{name}: {one!r} is not known. {did_you_mean(one, known)}"
+    if not (e.measures.weight > 0 and e.measures.reference_weight > 0):
+        yield "measures: weight and reference_weight must be more than 0."
+    for name in ("worlds.seeds", "training.seeds"):
+        if not e.value(name):
+            yield f"{name}: name at least one."
+    if e.files is None and e.worlds.styles + e.worlds.characters < 1:
+        yield "worlds: styles and characters are 0, so there is no target."
+    yield from _file_faults(e)
+
+
+def _file_faults(e: Experiment) -> Iterator[str]:
+    if e.files is None:
+        if e.targets:
+            yield "[targets] belong to models of your own: name these in a table [files]."
+        return
+    if not e.targets:
+        yield "targets: name at least one, [targets.NAME]."
+    if not e.files.bases:
+        yield "files.bases: name at least one model."
+    if e.files.judges and not e.files.references:
+        yield "files.references: the judges need a folder with pictures of each target."
+    for judge in e.files.judges:
+        if judge.partition(":")[0] not in JUDGES or not judge.partition(":")[2]:
+            yield f"files.judges: {judge!r} is not known. Write {' or '.join(f'{kind}:FOLDER' for kind in JUDGES)}."
+    for target in e.targets:
+        if target.kind not in KINDS:
+            yield f"targets.{target.name}.kind: {target.kind!r} is not known. Allowed: {', '.join(KINDS)}."
+
+
+def _experiment(tables: Mapping[str, Any], folder: Path) -> Experiment:
+    """Of what TOML gave; relative paths start at `folder`."""
+    found: dict[str, Any] = {n: _table(n, TABLES.get(n), t, folder) for n, t in tables.items() if n != "targets"}
+    named = tables.get("targets", {})
+    if not isinstance(named, Mapping) or not all(isinstance(table, Mapping) for table in named.values()):
+        raise LineageError("targets must be tables, [targets.NAME].")
+    found["targets"] = tuple(_table(f"targets.{n}", Target, {"name": n, **t}, folder) for n, t in named.items())
+    if "files" not in found:
+        return Experiment(**found)
+    if doubled := OF_THE_LESSON & tables.get("training", {}).keys() or tables.get("worlds"):
+        raise LineageError(f"{', '.join(sorted(doubled))}: [files] takes that from files.lesson and its folders.")
+    return Experiment(**found | _of_the_lesson(found["files"], found.get("training", Lessons())))
+
+
+def _of_the_lesson(files: Files, training: Lessons) -> dict[str, Any]:
+    config = Config.read(files.lesson)
+    if "clip_skip" not in tomllib.loads(files.lesson.read_text(encoding="utf-8-sig")).get("data", {}):
+        config = Config.read(files.lesson, [CLIP_SKIP])
+    if config.training.steps is None:
+        raise LineageError(f"{files.lesson}: training.steps is needed here, not epochs: all adapters train as long.")
+    told, lesson = config.training, config.data
+    steps = replace(
+        training,
+        network=config.network.algo,
+        steps=told.steps,
+        batch=told.batch,
+        lr=told.lr,
+        clip_skip=lesson.clip_skip,
+    )
+    return {"training": steps, "lesson": config.to_toml()}
+
+
+def _table(name: str, table: type | None, found: Any, folder: Path) -> Any:
+    if table is None:
+        raise LineageError(f"unknown table [{name}]. {did_you_mean(name, [*TABLES, 'targets'])}")
     if not isinstance(found, Mapping):
         raise LineageError(f"{name} must be a table, [{name}]; it is {found!r}.")
-    kinds = {f.name: str(f.type) for f in fields(TABLES[name])}
+    known = {f.name: f for f in fields(table)}
     for key in found:
-        if key not in kinds:
-            raise LineageError(f"unknown key {name}.{key}. {did_you_mean(key, kinds)}")
-    return TABLES[name](**{k: read_value(f"{name}.{k}", kinds[k], v, Path()) for k, v in found.items()})
+        if key not in known:
+            raise LineageError(f"unknown key {name}.{key}. {did_you_mean(key, known)}")
+    for key, f in known.items():
+        if key not in found and f.default is MISSING:
+            raise LineageError(f"{name}.{key} is missing.")
+    return table(**{k: read_value(f"{name}.{k}", str(known[k].type), v, folder) for k, v in found.items()})

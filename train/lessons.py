@@ -13,6 +13,9 @@ BATCH = 16
 RATES = {"loha": 2e-2, "locon": 1e-2, "lora": 1e-2}
 """Learning rates of each network, chosen on the quick world of seed 0."""
 
+PRODUCTS = {"loha": 2, "locon": 1, "lora": 1}
+"""Products of factors in a layer's delta."""
+
 
 def write_pictures(folder: Path, name: str, pictures: Sequence[Picture]) -> Path:
     """folder/1_NAME/000.png with 000.txt, ...; returns the folder that a training configuration names."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -24,43 +24,52 @@ from train.loop import denoising_errors, randomness
 from train.models import Base, Text
 
 LOSS = 2  # whose randomness, beside that of a training run
+AT_ONCE = 2**14  # latent pixels: four samples of SD1.5 at 512 px
 
 
 class Judge(Protocol):
-    """Says of pictures which styles they show; scores are independent of each other, so they need not sum to 1."""
+    """Says of pictures what they show; scores are independent of each other, so they need not sum to 1."""
 
     @property
-    def styles(self) -> tuple[str, ...]: ...
+    def labels(self) -> tuple[str, ...]: ...
 
     def scores(self, images: Tensor) -> Tensor:
-        """(n, styles) in [0, 1] of pictures (n, 3, height, width) in [-1, 1]."""
+        """(n, labels), larger for more, of pictures (n, 3, height, width) in [-1, 1]."""
         ...
 
 
-def held_out(folder: Path, data: DataConfig, limit: int) -> tuple[Picture, ...]:
+def held_out(data: DataConfig, limit: int) -> tuple[Picture, ...]:
     """The first `limit` pictures of kohya-style folders by name, read and pruned as `data` says.
 
     FileError as `train.folders.pictures` raises it."""
-    found, _ = folders.pictures(replace(data, folder=folder, reg=None))
+    found, _ = folders.pictures(replace(data, reg=None))
     return found[:limit]
 
 
-def losses(base: Base, pictures: Sequence[Picture], draws: int, clip_skip: int, without: str = "") -> list[float]:
-    """Denoising loss of each picture under its own caption, the tag `without` left out; mean over `draws` timesteps,
-    one in each of as many equal parts of the schedule."""
-    return [_loss(base, p, number, draws, clip_skip, without) for number, p in enumerate(pictures)]
+def losses(base: Base, pictures: Sequence[Picture], draws: int, clip_skip: int) -> list[float]:
+    """Denoising loss of each picture under its own caption; mean over `draws` timesteps, one in each of as many equal
+    parts of the schedule."""
+    found = []
+    for (width, height), alike in groupby(enumerate(pictures), lambda numbered: numbered[1].bucket):
+        numbered = list(alike)
+        count = max(1, AT_ONCE * base.shrink**2 // (width * height * draws))
+        for start in range(0, len(numbered), count):
+            found += _losses(base, numbered[start : start + count], draws, clip_skip)
+    return found
 
 
 @torch.no_grad()
-def _loss(base: Base, picture: Picture, number: int, draws: int, clip_skip: int, without: str) -> float:
-    latents = base.encode_images(images.read_pixels(picture.path, picture.bucket)[None])
+def _losses(base: Base, numbered: Sequence[tuple[int, Picture]], draws: int, clip_skip: int) -> list[float]:
+    """Of pictures of one size."""
+    pixels = torch.stack([images.read_pixels(p.path, p.bucket) for _, p in numbered])
+    latents = base.encode_images(pixels)
     with base.arithmetic():
-        text = base.encode_text([caption(picture, without)], clip_skip)
-    t, noise = common(number, draws, latents.shape[1:], base.schedule.config.num_train_timesteps)
-    repeated = latents.expand(draws, -1, -1, -1)
-    device = latents.device
-    errors = denoising_errors(base, repeated, _repeated(text, draws), t.to(device), noise.to(device))
-    return float(errors.double().mean())
+        text = base.encode_text([", ".join(p.caption.tags) for _, p in numbered], clip_skip)
+    steps = base.schedule.config.num_train_timesteps
+    drawn = [common(number, draws, latents.shape[1:], steps) for number, _ in numbered]
+    t, noise = (torch.cat(each).to(latents.device) for each in zip(*drawn, strict=True))
+    errors = denoising_errors(base, latents.repeat_interleave(draws, 0), _repeated(text, draws), t, noise)
+    return errors.double().view(-1, draws).mean(1).tolist()
 
 
 def common(number: int, draws: int, shape: Sequence[int], timesteps: int) -> tuple[Tensor, Tensor]:
@@ -70,13 +79,9 @@ def common(number: int, draws: int, shape: Sequence[int], timesteps: int) -> tup
     return torch.stack([t + part * i for i, (t, _) in enumerate(drawn)]), torch.stack([noise for _, noise in drawn])
 
 
-def caption(picture: Picture, without: str = "") -> str:
-    return ", ".join(tag for tag in picture.caption.tags if tag != without)
-
-
 def _repeated(text: Text, count: int) -> Text:
-    pooled = None if text.pooled is None else text.pooled.expand(count, -1)
-    return Text(text.states.expand(count, -1, -1), pooled)
+    pooled = None if text.pooled is None else text.pooled.repeat_interleave(count, 0)
+    return Text(text.states.repeat_interleave(count, 0), pooled)
 
 
 def retention(now: Tensor, before: Tensor, target: int | None) -> Tensor:

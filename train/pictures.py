@@ -36,18 +36,20 @@ CHARACTERS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """An RGB picture (SIZE x SIZE) with the traits it shows, in the order of its caption."""
+    """An RGB picture (SIZE x SIZE) with the traits it shows, in the order of its caption; `told`: also those that its
+    characters' names stand for."""
 
     style: str
     traits: Mapping[str, str]
     image: Image.Image
     names: tuple[str, ...] = ()
     artist: str = "by"
+    told: bool = False
 
     @property
     def tags(self) -> tuple[str, ...]:
-        told = {kind for name in self.names for kind in CHARACTERS[name]}
-        rest = {kind: tag for kind, tag in self.traits.items() if kind not in told}
+        hidden = set() if self.told else {kind for name in self.names for kind in CHARACTERS[name]}
+        rest = {kind: tag for kind, tag in self.traits.items() if kind not in hidden}
         artist, *shown = tags(self.style, rest)
         return (f"{self.artist} {artist.removeprefix('by ')}", *self.names, *shown)
 

@@ -124,7 +124,7 @@ def operands(recipe: str) -> list[str]:
 
 
 def draw(size: str = "quick", seed: int = 0) -> World:
-    """The world of that size and seed. quick: 6 models; small: 10; article: every role of the article's experiment."""
+    """The world of that size and seed. quick: 6 models; small: 11; article: every role of the article's experiment."""
     if size not in SHAPES:
         raise LineageError(f"world size {size!r}: there are {', '.join(SHAPES)}.")
     hand = _Hand(random.Random(f"{size}/{seed}"))
@@ -189,7 +189,7 @@ def _quick(hand: _Hand) -> Iterable[Member]:
 
 
 def _small(hand: _Hand) -> Iterable[Member]:
-    """Two sources, four fine-tunes below them, two merges: each under a parent of chance."""
+    """Two sources, four fine-tunes below them, two merges, each under a parent of chance; the controls."""
     shown = hand.styles(3, people=True)
     yield hand.root("vanilla", shown)
     sources = ["source-1", "source-2"]
@@ -204,6 +204,7 @@ def _small(hand: _Hand) -> Iterable[Member]:
         first, second = hand.rng.sample([*sources, *below], 2)
         yield weighted_sum(f"merge-{n}", first, second, hand.rng.uniform(0.3, 0.7))
     yield hand.root("stranger", shown[:2], init=1, share=0.6)
+    yield Permuted("permuted", "source-1")
 
 
 def _article(hand: _Hand) -> Iterable[Member]:

@@ -13,27 +13,35 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import lineage
 from lineage import prediction
+from lineage.cluster_result import ClusterResult
 from lineage.contrasts import frame
 from lineage.engines import in_parallel
 from lineage.errors import LineageError
+from lineage.pairs import pick_device
 from lineage.records import restore
 from lineage.results import provenance, write_files
 from lineage.transfer_measures import readings
-from lineage.transfer_records import Cell, PairPrediction, TransferResult, WorldFacts, predictions_hash, world_facts
+from lineage.transfer_records import Cell, PairPrediction, TransferResult, WorldFacts, predictions_hash
 from lineage.transfer_statistics import statistics
 from lineage.verdicts import hypotheses
-from train import topology, world
+from train import world
 from train.cells import finished, jobs, run
 from train.experiment import Experiment
+from train.own_files import FilesSite
+from train.sites import Site, WorldSite
 
 Progress = Callable[[int, int, str], None]
-NOTES = (
+MINIATURE = (
     "Miniature models of 3 million parameters, trained on drawn avatars, are not Stable Diffusion: what holds here is "
-    "a hint of what to look for there.",
+    "a hint of what to look for there."
 )
+STEP, CELL, WORLD_STEP = 0.2, 2.5, 0.25  # seconds on one core
+MODEL, ADAPTER = 16.3e6, 1e6  # bytes
+ONE_WORLD = "One folder of models is one case: no interval over worlds can be given, and no claim gets a verdict."
 
 
 def transfer_test(
@@ -41,26 +49,28 @@ def transfer_test(
     folder: Path | str,
     *,
     finished_only: bool = False,
+    device: str = "auto",
     workers: int = 1,
     engine: str | None = None,
     address: str | None = None,
     progress: Progress | None = None,
 ) -> TransferResult:
-    """Run what is missing of the experiment in `folder`, world by world, and conclude.
+    """Run what is missing of the experiment in `folder`, site by site, and conclude.
 
-    finished_only: conclude from the worlds that are finished, and run nothing. workers: processes; engine, address: a
-    cluster instead (lineage.engines). LineageError where the folder holds another experiment, or cells that are older
-    than the predictions."""
+    finished_only: conclude from the worlds that are finished, and run nothing. device: of every job. workers:
+    processes; engine, address: a cluster instead (lineage.engines). LineageError where the folder holds another
+    experiment, or cells that are older than the predictions."""
     # absolute: a training run's settings name its base and data as seen from there
     began, folder = time.monotonic(), Path(os.path.abspath(folder))
     world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
+    device = str(pick_device(device))
     pools = partial(in_parallel, jobs=workers, engine=engine, address=address, progress=progress)
-    seeds = [seed for seed in experiment.seeds if not finished_only or _complete(folder, experiment, seed)]
-    if not seeds:
+    chosen = [site for site in sites(folder, experiment) if not finished_only or _complete(folder, experiment, site)]
+    if not chosen:
         raise LineageError(f"{folder}: no world is finished yet.")
     facts, foretold, cells = [], [], []
-    for seed in seeds:
-        fact, pairs, measured = _measured(folder, experiment, seed, pools, progress)
+    for site in chosen:
+        fact, pairs, measured = _measured(folder, experiment, site, device, pools, progress)
         facts.append(fact)
         foretold += pairs
         cells += measured
@@ -69,61 +79,77 @@ def transfer_test(
     return TransferResult(
         told, experiment.to_json(), experiment.hash, predictions_hash(foretold), experiment.design, tuple(facts),
         tuple(foretold), tuple(cells), found.dropped, statistics(cells, facts, foretold, experiment.design),
-        hypotheses(frame(found)), notes=NOTES,
+        hypotheses(frame(found)), notes=(ONE_WORLD if experiment.files else MINIATURE,),
     )  # fmt: skip
 
 
+def sites(folder: Path, experiment: Experiment) -> list[Site]:
+    """Where it takes place: every world of the experiment, or its own files."""
+    if experiment.files:
+        return [FilesSite(experiment)]
+    return [WorldSite(experiment, seed, folder) for seed in experiment.seeds]
+
+
 def _measured(
-    folder: Path, experiment: Experiment, seed: int, pools: Callable[..., list[list[Cell]]], progress: Progress | None
-) -> tuple[WorldFacts, list[PairPrediction], list[Cell]]:
-    """One world: what is missing of it is made, foretold and measured."""
-    fact, pairs = _foretold(folder, experiment, seed, progress)
-    todo = jobs(folder, experiment, seed, predictions_hash(pairs))
+    folder: Path, experiment: Experiment, site: Site, device: str, pools: Callable[..., list[list[Cell]]],
+    progress: Progress | None,
+) -> tuple[WorldFacts, list[PairPrediction], list[Cell]]:  # fmt: skip
+    """One site: what is missing of it is made, foretold and measured."""
+    fact, pairs = _foretold(folder, experiment, site, progress)
+    todo = jobs(folder, experiment, site, predictions_hash(pairs), device)
     if None in [finished(job) for job in todo]:  # all of them: stale ones are refused before anything is trained
-        world.build(topology.draw(experiment.worlds.size, seed), home(folder, experiment, seed), progress)
+        site.make(progress)
     return fact, pairs, [cell for found in pools(run, todo) for cell in found]
 
 
-def _complete(folder: Path, experiment: Experiment, seed: int) -> bool:
-    files = [job.file for job in jobs(folder, experiment, seed, "")]
-    return all(file.exists() for file in (_foretold_file(folder, experiment, seed), *files))
+def _complete(folder: Path, experiment: Experiment, site: Site) -> bool:
+    files = [job.file for job in jobs(folder, experiment, site, "")]
+    return all(file.exists() for file in (_foretold_file(folder, site), *files))
 
 
-def forecast(experiment: Experiment) -> dict[str, int]:
-    """What the experiment will do: worlds, models, adapters trained, cells measured, training steps in all."""
-    plans = [topology.draw(experiment.worlds.size, seed) for seed in experiment.seeds]
-    todo = [job for seed in experiment.seeds for job in jobs(Path(), experiment, seed, "")]
-    adapters = sum(job.base is not None for job in todo)
-    return {
-        "worlds": len(plans),
-        "models": sum(len(plan.models) for plan in plans),
-        "adapters": adapters,
-        "cells": sum(len(topology.draw(experiment.worlds.size, job.world_seed).models) for job in todo),
-        "training steps": sum(plan.steps for plan in plans) + adapters * experiment.training.steps,
-    }
+def forecast(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
+    """What the experiment will do and how much is left: (number, what). Hours follow from the jobs that are finished in
+    `folder`, else, for miniature worlds, from their rate on one core of a server; bytes likewise."""
+    found = sites(folder, experiment)
+    todo = [job for site in found for job in jobs(folder, experiment, site, "")]
+    trained, left = [job for job in todo if job.base], [job for job in todo if not job.file.exists()]
+    seconds = [json.loads(job.file.read_text(encoding="utf-8"))["seconds"] for job in trained if job.file.exists()]
+    cells, steps = sum(job.count for job in todo), experiment.training.steps
+    told = [
+        (f"{len(found):,}", "sites: worlds, or one folder of models"),
+        (f"{sum(len(site.models) for site in found):,}", "models"),
+        (f"{len(trained):,}", f"adapters, {steps:,} steps each"),
+        (f"{cells:,}", "cells"),
+        (f"{len(left):,}", f"of {len(todo):,} jobs left to do"),
+    ]
+    unmade = [s.plan.steps for s in found if isinstance(s, WorldSite) and not _foretold_file(folder, s).exists()]
+    if seconds or not experiment.files:
+        each = fmean(seconds) if seconds else steps * STEP + cells / len(todo) * CELL
+        hours = (len(left) * each + sum(unmade) * WORLD_STEP) / 3600
+        told.append((f"{hours:.1f}", f"hours by one worker, {each:.0f} s for each job"))
+    else:
+        told.append(("?", "hours: known when the first job is done"))
+    if not experiment.files:
+        size = sum(len(site.models) for site in found) * MODEL + len(trained) * ADAPTER
+        told.append((f"{size / 1e9:.1f}", "GB of disk"))
+    return told
 
 
-def home(folder: Path, experiment: Experiment, seed: int) -> Path:
-    """Where the world of `seed` lies."""
-    return folder / "worlds" / f"{experiment.worlds.size}-{seed}"
-
-
-def _foretold_file(folder: Path, experiment: Experiment, seed: int) -> Path:
-    return folder / "predictions" / f"{home(folder, experiment, seed).name}.json"
+def _foretold_file(folder: Path, site: Site) -> Path:
+    return folder / "predictions" / f"{site.name}.json"
 
 
 def _foretold(
-    folder: Path, experiment: Experiment, seed: int, progress: Progress | None
+    folder: Path, experiment: Experiment, site: Site, progress: Progress | None
 ) -> tuple[WorldFacts, list[PairPrediction]]:
-    """Facts and predictions of a world, made once, before its first training; they and its cells are all that another
+    """Facts and predictions of a site, made once, before its first training; they and its cells are all that another
     machine needs to go on."""
-    made = home(folder, experiment, seed)
-    file = _foretold_file(folder, experiment, seed)
+    file = _foretold_file(folder, site)
     made_of = {"experiment": experiment.hash, "code": prediction.code_hash()}
     if not file.exists():
-        world.build(topology.draw(experiment.worlds.size, seed), made, progress)
-        facts = world_facts(made.name, json.loads((made / "truth.json").read_text(encoding="utf-8")))
-        told = {"made_of": made_of, "facts": asdict(facts), "predictions": [asdict(p) for p in _pairs(made, facts)]}
+        found = lineage.cluster(site.make(progress), metadata=False)
+        facts = site.facts(found)
+        told = {"made_of": made_of, "facts": asdict(facts), "predictions": [asdict(p) for p in _pairs(found, facts)]}
         file.parent.mkdir(exist_ok=True)
         write_files(file.parent, {file.name: json.dumps(told, indent=1) + "\n"})
     told = json.loads(file.read_text(encoding="utf-8"))
@@ -132,9 +158,8 @@ def _foretold(
     return restore(WorldFacts, told["facts"]), [restore(PairPrediction, p) for p in told["predictions"]]
 
 
-def _pairs(made: Path, facts: WorldFacts) -> list[PairPrediction]:
-    """From the weights of the world's models alone."""
-    found = lineage.cluster(made / "models", metadata=False)
+def _pairs(found: ClusterResult, facts: WorldFacts) -> list[PairPrediction]:
+    """From the weights of the models alone."""
     tree, names = prediction.family_tree(found), [m.name for m in facts.models]
     return [
         PairPrediction(
