@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -37,7 +38,7 @@ from lineage.recipe import did_you_mean
 from lineage.transfer_records import KINDS, Design
 from train.config import Config
 from train.topology import SHAPES
-from train.values import CHOICES, read_value
+from train.values import CHOICES, NO_NAME, read_value
 
 ALGOS = CHOICES["network.algo"]
 JUDGES = ("clip", "dino")
@@ -253,6 +254,8 @@ def _file_faults(e: Experiment) -> Iterator[str]:
         if judge.partition(":")[0] not in JUDGES or not judge.partition(":")[2]:
             yield f"files.judges: {judge!r} is not known. Write {' or '.join(f'{kind}:FOLDER' for kind in JUDGES)}."
     for target in e.targets:
+        if re.search(NO_NAME, target.name) or target.name.strip(" .") != target.name:
+            yield f"targets: {target.name!r} cannot be part of a file's name."
         if target.kind not in KINDS:
             yield f"targets.{target.name}.kind: {target.kind!r} is not known. Allowed: {', '.join(KINDS)}."
 
@@ -266,9 +269,16 @@ def _experiment(tables: Mapping[str, Any], folder: Path) -> Experiment:
     found["targets"] = tuple(_table(f"targets.{n}", Target, {"name": n, **t}, folder) for n, t in named.items())
     if "files" not in found:
         return Experiment(**found)
-    if doubled := OF_THE_LESSON & tables.get("training", {}).keys() or tables.get("worlds"):
+    if doubled := [*(OF_THE_LESSON & tables.get("training", {}).keys()), *({"worlds"} & tables.keys())]:
         raise LineageError(f"{', '.join(sorted(doubled))}: [files] takes that from files.lesson and its folders.")
-    return Experiment(**found | _of_the_lesson(found["files"], found.get("training", Lessons())))
+    files = replace(found["files"], judges=tuple(_placed(judge, folder) for judge in found["files"].judges))
+    return Experiment(**found | {"files": files} | _of_the_lesson(files, found.get("training", Lessons())))
+
+
+def _placed(judge: str, folder: Path) -> str:
+    """A judge's name with its folder as seen from anywhere."""
+    kind, colon, path = judge.partition(":")
+    return f"{kind}:{os.path.abspath(folder / path)}" if colon and path else judge
 
 
 def _of_the_lesson(files: Files, training: Lessons) -> dict[str, Any]:

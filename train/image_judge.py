@@ -84,6 +84,8 @@ class ImageJudge:
             from transformers import AutoImageProcessor, AutoModel
         except ImportError as e:
             raise MissingExtra("image judges", "train", "transformers") from e
+        if not self.folder.is_dir():
+            raise FileError(self.folder, "is no folder.", "Name the folder of an image model of transformers.")
         try:
             # weights from safetensors alone: a pickle could run code
             model = AutoModel.from_pretrained(self.folder, local_files_only=True, use_safetensors=True)

@@ -127,7 +127,8 @@ class FilesSite:
     def judges(self) -> dict[str, Judge]:
         files = self._files
         shown = references(files.references, self.targets) if files.references else {}
-        return {told: ImageJudge(Path(told.partition(":")[2]), shown) for told in files.judges}
+        named = (judge.partition(":") for judge in files.judges)
+        return {f"{kind} {Path(folder).name}": ImageJudge(Path(folder), shown) for kind, _, folder in named}
 
 
 def _members(found: ClusterResult, bases: tuple[str, ...], models: tuple[str, ...]) -> list[Member]:

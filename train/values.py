@@ -57,6 +57,8 @@ POSITIVE = (
 )
 NAMES = ("network.pivotal", "save.name")
 """What becomes part of a file's name."""
+NO_NAME = r'[\\/:*?"<>|\x00-\x1f]'
+"""What no system, or not every system, takes in a file's name."""
 GRID = 8
 """Pixels per latent of all known autoencoders; sides must be multiples."""
 
@@ -72,7 +74,7 @@ def check(where: str, value: Any) -> None:
             raise LineageError(f"{where}: {v!r} is too small. Allowed: {LEAST[where]:g} and more.")
         if where in POSITIVE and not v > 0:
             raise LineageError(f"{where}: {v!r} is not allowed. Allowed: more than 0.")
-        if where in NAMES and (re.search(r'[\\/:*?"<>|\x00-\x1f]', v) or v.strip(" .") != v):
+        if where in NAMES and (re.search(NO_NAME, v) or v.strip(" .") != v):
             raise LineageError(
                 f"{where}: {v!r} cannot be part of a file's name. Leave out \\ / : * ? \" < > | and dots."
             )
