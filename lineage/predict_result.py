@@ -12,12 +12,10 @@ CERTAIN, LIKELY, GUESS, UNKNOWN = "certain", "likely", "a guess", "unknown"
 
 @dataclass(frozen=True)
 class Constants:
-    """scale: relative distance at which strength has fallen to 1/e. own: 0 to 2, how much what X learned beyond their
-    common way counts in the squared distance, against 2 - own for what Y learned; 1 is the plain distance. weak:
-    strength below it; loses: retention below it. source: where they come from."""
+    """scale: relative distance at which strength has fallen to 1/e. weak: strength below it; loses: retention below it.
+    source: where they come from."""
 
     scale: float
-    own: float
     weak: float
     loses: float
     source: str

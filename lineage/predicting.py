@@ -28,7 +28,7 @@ from lineage.predict_result import (
     PredictResult,
     TrainingBase,
 )
-from lineage.prediction import THEORY, FamilyTree, code_hash, family_tree, predict_pair
+from lineage.prediction import CONSTANTS, FamilyTree, code_hash, family_tree, predict_pair
 from lineage.results import provenance
 from lineage.training_base import Candidate, training_base
 
@@ -53,7 +53,7 @@ def predict(
     folder: str | Path,
     *,
     targets: Sequence[str | Path] = (),
-    constants: Constants = THEORY,
+    constants: Constants = CONSTANTS,
     cache: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PredictResult:

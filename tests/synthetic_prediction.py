@@ -20,7 +20,7 @@ from lineage.predict_result import (
     PredictResult,
     TrainingBase,
 )
-from lineage.prediction import THEORY, FamilyTree, code_hash
+from lineage.prediction import CONSTANTS, FamilyTree, code_hash
 from lineage.results import provenance
 
 Weights = dict[str, torch.Tensor]
@@ -119,7 +119,7 @@ def predict_result(names: tuple[str, ...] = ("AC", "BP", "NMFSAN")) -> PredictRe
     base = TrainingBase(names[0], False, "certain", "ab" * 32, names[0], "its metadata names that file by its hash")
     facts = AdapterFacts("style", "style.safetensors", "loha", 192, "epsilon")
     made = provenance("predict", {}, seconds=1.0)
-    return PredictResult(made, "models", listed, facts, base, tuple(forecasts), (), (), THEORY, code_hash())
+    return PredictResult(made, "models", listed, facts, base, tuple(forecasts), (), (), CONSTANTS, code_hash())
 
 
 def _forecast(name: str, i: int, names: tuple[str, ...]) -> Forecast:

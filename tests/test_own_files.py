@@ -133,7 +133,8 @@ def test_every_adapter_is_put_on_every_model_and_judged_by_all(done: Path):
     own = {c["model"] for c in cells if c["base"] == c["model"] and c["weight"] == 1}
     assert own == {"base", "tuned", "mixed"}  # what is only applied to has its own adapter as a reference
     for cell in cells:
-        assert math.isfinite(cell["loss"]) and (cell["own_loss"] is not None) == (cell["model"] == "base")
+        assert math.isfinite(cell["loss"])
+        assert (cell["own_loss"] is not None) == (cell["model"] == "base")
         assert set(cell["strength_judges"]) == {"clip clip", "dino dino"}
         assert set(cell["retention_judges"]) == (set() if cell["base"] is None else set(cell["strength_judges"]))
     secondary = {(c["network"], c["setup"], c["base"], c["model"]) for c in cells if c["base"]} - {
@@ -148,14 +149,17 @@ def test_untouched_models_look_like_themselves(done: Path):
     """Weight 0 of any adapter: retention 1, by construction of the measure; here by the adapter that does least."""
     cells = load_json(done / "result.json")["cells"]
     kept = [v for c in cells if c["base"] for v in c["retention_judges"].values()]
-    assert kept and all(-1 <= v <= 1 for v in kept) and max(kept) > 0.9
+    assert kept
+    assert all(-1 <= v <= 1 for v in kept)
+    assert max(kept) > 0.9
 
 
 def test_the_family_is_what_weights_tell(done: Path):
     [facts] = load_json(done / "result.json")["worlds"]
     members = {m["name"]: m for m in facts["models"]}
     assert {m["root"] for m in members.values() if m["name"] in ("base", "tuned", "mixed")} == {members["base"]["root"]}
-    assert members["mixed"]["use"] == "apply" and members["tuned"]["use"] == "base"
+    assert members["mixed"]["use"] == "apply"
+    assert members["tuned"]["use"] == "base"
 
 
 @pytest.mark.parametrize("make", [clip, dino])
@@ -206,7 +210,7 @@ def test_another_lesson_is_another_experiment(made: Path, done: Path, tmp_path: 
 
 def test_hours_are_known_when_a_job_is_done(made: Path, done: Path, tmp_path: Path):
     experiment = Experiment.read(made / "experiment.toml")
-    told = dict((what.split(":")[0].split(" by")[0], n) for n, what in transfer.forecast(experiment, tmp_path))
+    told = {what.split(":")[0].split(" by")[0]: n for n, what in transfer.forecast(experiment, tmp_path)}
     assert told["hours"] == "?"
     after = [what for _, what in transfer.forecast(experiment, done)]
     assert any("hours by one worker" in what for what in after)

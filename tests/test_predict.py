@@ -258,7 +258,7 @@ def test_every_forecast_is_drawn_with_its_reason():
         if f.strength is not None:
             assert f'class="fill signal" style="width:{100 * f.strength:.1f}%"' in text
     assert text.count('<li title="') == 9
-    assert "the theory's, not fitted" in text or "the theory&#x27;s, not fitted" in text
+    assert "fitted to four miniature worlds, not to Stable Diffusion" in text
 
 
 def test_names_are_text():

@@ -136,7 +136,7 @@ def run(job: Job) -> list[Cell]:
         seconds = round(time.monotonic() - began, 1)
         told = {"predictions": job.stamp, "seconds": seconds, "cells": [asdict(cell) for cell in found]}
         job.file.parent.mkdir(parents=True, exist_ok=True)
-        write_files(job.file.parent, {job.file.name: json.dumps(told, indent=1) + "\n"}, force=True)
+        write_files(job.file.parent, {job.file.name: json.dumps(told) + "\n"}, force=True)
     return found
 
 

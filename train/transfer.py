@@ -39,7 +39,7 @@ MINIATURE = (
     "Miniature models of 3 million parameters, trained on drawn avatars, are not Stable Diffusion: what holds here is "
     "a hint of what to look for there."
 )
-STEP, CELL, WORLD_STEP = 0.2, 2.5, 0.25  # seconds on one core
+STEP, CELL, WORLD_STEP = 0.2, 1.6, 0.25  # seconds on one core
 MODEL, ADAPTER = 16.3e6, 1e6  # bytes
 ONE_WORLD = "One folder of models is one case: no interval over worlds can be given, and no claim gets a verdict."
 
