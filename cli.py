@@ -262,7 +262,7 @@ def inspect(run: Run, file: Path) -> None:
 )
 @click.option("--keep", multiple=True, metavar="NAME|all", help="Write this intermediate output too; repeatable.")
 @click.option("--container", type=click.Choice(["safetensors", "ckpt"]), help="Instead of what the recipe says.")
-@click.option("--hashes/--no-hashes", default=True, help="Record the sha256 of every file, which is most of the work.")
+@click.option("--hashes/--no-hashes", default=True, help="Record the sha256 of every input, which is much of the work.")
 @_options(OUTPUT, FORCE, JSON, VERBOSE, QUIET, check=RESULT_FILES)
 def merge(run: Run, recipe: Path, models: Path | None, bound: Sequence[str], explain: bool, dry_run: bool, **options):
     """Run a merge RECIPE: text of a web UI's merge board (to the bit), or TOML.

@@ -56,9 +56,7 @@ def specs(plan: Plan, i: int) -> list[TensorSpec]:
     return [TensorSpec(name, e.dtype, e.node.shape) for name, e in plan.steps[i].table.items()]
 
 
-def output_record(
-    plan: Plan, i: int, path: Path | None = None, digest: str | None = None, written: Output | None = None
-) -> MergeOutput:
+def output_record(plan: Plan, i: int, path: Path | None = None, written: Output | None = None) -> MergeOutput:
     """The record of step `i`'s output, written or (without a path) only planned."""
     step, tensors, terms = plan.recipe.steps[i], specs(plan, i), plan.coefficients(i)
     total = float(sum(abs(c) for c in terms.values()))
@@ -67,7 +65,6 @@ def output_record(
         name=step.name,
         step=i,
         file=path.name if path else None,
-        sha256=digest or None,
         bytes=size,
         container=step.container,
         keys=len(tensors),

@@ -7,10 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from lineage.cache import Cache, state_of
 from lineage.checkpoint import Checkpoint
 from lineage.errors import FileError
-from lineage.hashing import begin, sha256
 from lineage.merge_metadata import file_hash, metadata, placeholders
 from lineage.merge_plan import Plan, make_plan, warnings_of
 from lineage.merge_report import input_records, output_record, overflow_warnings, specs, step_records
@@ -64,13 +62,6 @@ class _Job:
     target: Target
     output: Output
 
-    def digest(self, hashed: bool) -> str:
-        """Bring all bytes to the disk, and meanwhile hash them ("" if not `hashed`)."""
-        if hashed:
-            begin(self.target.part)
-        self.target.sync()
-        return sha256(self.target.part) if hashed else ""
-
 
 def _write(
     plan: Plan,
@@ -88,16 +79,11 @@ def _write(
     known = [file_hash(c.path) if hashed else "" for c in plan.inputs]
     for job in jobs:
         job.output.writer.finish(metadata(plan, job.step, known))
-        job.target.file.flush()
-    digests = [job.digest(hashed) for job in jobs]
+        job.target.sync()
     _check_unchanged(plan.originals, before)
-    for job, digest in zip(jobs, digests, strict=True):
+    for job in jobs:
         job.target.commit()
-        if hashed:
-            Cache().remember(job.target.path, state_of(job.target.path), digest)
-    records = [
-        output_record(plan, job.step, job.target.path, d, job.output) for job, d in zip(jobs, digests, strict=True)
-    ]
+    records = [output_record(plan, job.step, job.target.path, job.output) for job in jobs]
     return Written(records, known, [w for job in jobs for w in overflow_warnings(plan, job.step, job.output)])
 
 

@@ -35,7 +35,7 @@ def merge(
 
     bound: user variable -> file. arithmetic: "webui" (stored dtype, rounded per operation and line) or "float32"
     (rounded once); default: the recipe's own. keep: names of intermediate outputs to write too, or "all". container:
-    overrides the recipe's. hashes: read the sha256 of inputs and outputs for the record (most of the work). dry_run:
+    overrides the recipe's. hashes: read the sha256 of inputs for the record (much of the work). dry_run:
     plan and explain from headers, write nothing. LineageError, before tensors are read, for all headers can tell."""
     began = time.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else read_recipe(Path(recipe))

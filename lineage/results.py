@@ -248,7 +248,7 @@ class BlockChange:
 
 @dataclass(frozen=True)
 class MergeOutput:
-    """One output. `step`: index into steps; `file`, `sha256`, `bytes`: null in a dry run. `coefficients`: original
+    """One output. `step`: index into steps; `file`: null in a dry run. `coefficients`: original
     input -> factor, summing to 1 (of the default weight; `block_coefficients` where blocks differ);
     `absolute_sum`: sum of |coefficients|, above 2 a blow-up; `dtypes`: dtype -> number of keys; `changes`: one per
     original input, empty in a dry run."""
@@ -256,7 +256,6 @@ class MergeOutput:
     name: str
     step: int
     file: str | None
-    sha256: str | None
     bytes: int
     container: str
     keys: int

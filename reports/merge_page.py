@@ -93,7 +93,6 @@ def _output(o: MergeOutput, i: int, figures: dict[str, Figure]) -> Safe:
 def _facts(o: MergeOutput) -> Safe:
     dtypes = ", ".join(f"{name} {number(n)}" for name, n in o.dtypes.items())
     facts = [("File", o.file or "not written"), ("Size", size(o.bytes)), ("Keys", number(o.keys)), ("Dtypes", dtypes)]
-    facts += [("sha256", h("code", o.sha256))] if o.sha256 else []
     return h("dl", [(h("dt", k), h("dd", v)) for k, v in facts], class_="facts rows")
 
 

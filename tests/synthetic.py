@@ -215,7 +215,7 @@ def merge_output(
     changes = [BlockChange(n, 0.05, {b: rng.random() * 0.1 if b != "M00" else None for b in blocks}) for n in parts]
     total = sum(map(abs, parts.values()))
     return MergeOutput(
-        name, step, None if dry_run else f"{name}.safetensors", None if dry_run else "cd" * 32, 2132625432,
+        name, step, None if dry_run else f"{name}.safetensors", 2132625432,
         "safetensors", 1130, {"float16": 1128, "float32": 2}, parts, {"IN01": parts} if total > 2 else {},
         total, total > 2,
         () if dry_run else tuple(changes),

@@ -247,7 +247,6 @@ def test_without_hashes_the_tensors_are_the_same_and_the_record_says_so(models, 
     assert json.loads(found["sd_merge_models"]) == {}
     assert json.loads(found["sd_merge_recipe"])["inputs"]["a"]["sha256"] is None
     assert [i.sha256 for i in result.inputs] == [None, None]
-    assert result.outputs[0].sha256 is None
 
 
 @pytest.mark.parametrize("nonsense", ["[", "[1]", '"x"', "null", "[" * 10000])
@@ -264,7 +263,6 @@ def test_result_records_files_policies_and_changes(models, tmp_path):
     save(model(1) | {"model.other": torch.zeros(3)}, models / "b.safetensors")
     result = lineage.merge(parse("x = a + b, 0.25, fp16, safetensors"), tmp_path, models=models)
     output, step = result.outputs[0], result.steps[0]
-    assert output.sha256 == sha256(tmp_path / "x.safetensors")
     assert output.bytes == (tmp_path / "x.safetensors").stat().st_size
     assert step.policy == {"merged": len(SHAPES), "unhalved": 2, "dropped": 1}
     assert {(k["name"], k["policy"]) for k in step.changed_keys} == {
