@@ -294,9 +294,9 @@ def votes(
         found.add("degree", {r: float(sum(p == r for p in tree.values())) for r, tree in trees.items()})
     if "turns" not in ignore:
         whole = grove.table.sum(0)
-        found.add("turns", {r: direction.agreement(tree, whole, kin.freedom) for r, tree in trees.items()})
+        found.add("turns", {r: direction.agreement(tree, whole, kin.entries) for r, tree in trees.items()})
     if "growth" not in ignore:
-        seen = unmerge.distances(kin.g), kin.squares, kin.rounding, kin.freedom
+        seen = unmerge.distances(kin.g), kin.squares, kin.rounding, kin.entries
         found.add("growth", {r: direction.growth(tree, *seen) for r, tree in trees.items()})
     if kin.known:
         lines = {r: {c: [p] for c, p in tree.items()} | dict(grove.merges) for r, tree in trees.items()}

@@ -52,27 +52,27 @@ def _increments(parent: Mapping[int, int], g: Array) -> Array:
     return inner + g[np.ix_(parents, parents)]
 
 
-def agreement(parent: Mapping[int, int], g: Array, freedom: float) -> float:
+def agreement(parent: Mapping[int, int], g: Array, entries: int) -> float:
     """Sign test of the cosines of a tree's increments, in standard deviations: training moves weights in partly the
     same directions, whatever it starts from, so they agree most when they lead away from the true root. Cosines as
-    random steps of so much `freedom` (see Kin) have do not count."""
+    random steps of so many entries have do not count."""
     inner = _increments(parent, g)
     norm = np.sqrt(np.maximum(np.diag(inner), 1e-300))
-    signs = np.sign(inner) * (np.abs(inner) > CHANCE / np.sqrt(freedom) * norm[:, None] * norm)
+    signs = np.sign(inner) * (np.abs(inner) > CHANCE / np.sqrt(entries) * norm[:, None] * norm)
     pairs = len(signs) * (len(signs) - 1) / 2
     return float((signs.sum() - np.trace(signs)) / 2 / np.sqrt(pairs)) if pairs else 0.0
 
 
-def growth(parent: Mapping[int, int], d: Array, squares: Array, noise: Array, freedom: float) -> float:
+def growth(parent: Mapping[int, int], d: Array, squares: Array, noise: Array, entries: int) -> float:
     """Log-odds of a tree's edges against their reversal, from the norms: a step at a right angle to the weights it
     starts from adds its own square to theirs (0 as the outgroup of all models). Decay of weights, or gradients along
     them, changes norms by far more than that; such steps tell nothing.
 
-    d: (n, n) squared distances; squares, noise: (n,) ||W||^2 and rounding energy; freedom: of a step (see Kin), by
-    which the chance is told that a random one is at no right angle."""
+    d: (n, n) squared distances; squares, noise: (n,) ||W||^2 and rounding energy; entries: of a model, by which the
+    chance is told that a random step is at no right angle."""
     edges = [(p, c) for c, p in sorted(parent.items()) if d[p, c] > VISIBLE * (noise[p] + noise[c])]
     gained = np.array([(squares[c] - squares[p]) / d[p, c] for p, c in edges])
-    spread = np.sqrt([0.09 + 4 * squares[p] / d[p, c] / freedom for p, c in edges])
+    spread = np.sqrt([0.09 + 4 * squares[p] / d[p, c] / entries for p, c in edges])
     return float(np.log(_gain_density(gained, spread) / _gain_density(-gained, spread)).sum())
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Node = TypeVar("Node", int, str)
 FAR = 1e6  # cost of what cannot be
+LARGE = 100  # models of a tree, above which what descends from itself is moved and the rest is left as it is
 EQUAL = 1e-9  # of the mean squared distance of a part: models nearer than that are equal there
 
 
@@ -90,19 +91,25 @@ def _loops(parent: NDArray[np.intp]) -> list[list[int]]:
 
 def descent(cost: Array, root: int, merges: Mapping[int, Sequence[int]]) -> dict[int, int]:
     """child -> parent of the cheapest tree from the root in which merges keep the parents they have (they are left out
-    of what is returned) and no model descends from itself, through whatever parent. cost: (n, n)."""
+    of what is returned) and no model descends from itself, through whatever parent. cost: (n, n). Of more than LARGE
+    models it is the cheapest but for those that had to be moved."""
     cost = cost.copy()
     for merge, parents in merges.items():
         cost[:, merge] = FAR
         cost[list(parents), merge] = -FAR
         cost[merge, list(parents)] = FAR
+    above = _above(arborescence(cost, root), merges, root)
     for _ in range(8 * len(cost)):
-        above = _above(arborescence(cost, root), merges, root)
         faulty = _faulty(cost, above, merges)
         if not faulty:
             break
-        for edge in faulty:
-            cost[edge] = FAR
+        if len(cost) > LARGE:
+            _, child, instead = faulty[0]  # one at a time: two moves could make a loop together
+            above[child] = (instead,)
+        else:
+            for parent, child, _ in faulty:
+                cost[parent, child] = FAR
+            above = _above(arborescence(cost, root), merges, root)
     else:
         cost[sorted(merges)] = FAR  # hosts of nothing make no loops
         above = _above(arborescence(cost, root), merges, root)
@@ -117,18 +124,19 @@ def _above(grown: Mapping[int, int], merges: Mapping[int, Sequence[int]], root: 
 
 def _faulty(
     cost: Array, above: Mapping[int, Sequence[int]], merges: Mapping[int, Sequence[int]]
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, int, int]]:
     """Of a loop in each tangle of models that descend from themselves, the (parent, child) that loses least when the
-    child hangs from what does not descend from it."""
+    child hangs from what does not descend from it, and that best other parent."""
     drawn = nx.DiGraph((p, child) for child, parents in sorted(above.items()) for p in parents)
     tangles = [drawn.subgraph(sorted(t)) for t in nx.strongly_connected_components(drawn) if len(t) > 1]
     loops = [[edge for edge in nx.find_cycle(t, min(t)) if edge[1] not in merges] for t in tangles]
 
-    def loss(edge: tuple[int, int]) -> float:
-        others = sorted({*range(len(cost))} - nx.descendants(drawn, edge[1]) - {edge[1]})
-        return float(cost[others, edge[1]].min(initial=FAR) - cost[edge])
+    def moved(parent: int, child: int) -> tuple[float, int, int, int]:
+        others = sorted({*range(len(cost))} - nx.descendants(drawn, child) - {child})
+        instead = others[int(cost[others, child].argmin())]
+        return float(cost[instead, child] - cost[parent, child]), parent, child, instead
 
-    return sorted(min(loop, key=lambda edge: (loss(edge), edge)) for loop in loops if loop)
+    return sorted(min(moved(*edge) for edge in loop)[1:] for loop in loops if loop)
 
 
 def ancestors(above: Mapping[Node, Sequence[Node]], node: Node) -> set[Node]:

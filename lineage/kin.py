@@ -41,15 +41,6 @@ class Kin:
         return max(1, sum(t.entries for t in self.prints[0].tensors if t.name in names))
 
     @property
-    def freedom(self) -> float:
-        """Entries that a step of equal size everywhere has where a random one, of tensors in proportion to their norms,
-        is as often at no right angle: fewer, where small tensors hold much of the weights' energy."""
-        names = {*self.matrices, *self.vectors}
-        energies = [(t.norm**2, t.entries) for t in self.prints[0].tensors if t.name in names]
-        spread = sum(e**2 / n for e, n in energies)
-        return sum(e for e, _ in energies) ** 2 / spread if spread > 0 else 1.0
-
-    @property
     def squares(self) -> Array:
         """(n,) ||W||^2 of what is compared."""
         names = {*self.matrices, *self.vectors}

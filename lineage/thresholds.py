@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-ROOT = {"centrality": 2.42, "degree": 0.59, "turns": 2.29, "growth": 1.64, "known": 1.0}
+ROOT = {"centrality": 2.31, "degree": 0.38, "turns": 1.99, "growth": 1.29, "known": 1.0}
 
 MERGE_TRUST = {
     "weighted_sum": 0.98, "add_difference": 0.8, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
@@ -48,7 +48,7 @@ class Thresholds:
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence
-    trust: tuple[float, float, float] = (2.0, 0.21, 0.2)  # log-odds of an edge: at 0, per log gap, per joined
+    trust: tuple[float, float, float] = (3.03, 0.2, -0.84)  # log-odds of an edge: at 0, per log gap, per joined
     merges: Mapping[str, float] = field(default_factory=lambda: dict(MERGE_TRUST))  # confidence in a merge by method
     metadata: float = 3.0  # log-odds of an order of two models that a file declares
     dates: float = 50.0  # the same, that dates prove
