@@ -119,3 +119,18 @@ def test_a_world_that_is_there_is_not_drawn_again(site):
 
 def replace_seed(site: WorldSite) -> WorldSite:
     return replace(site, experiment=replace(EXPERIMENT, training=replace(EXPERIMENT.training, seeds=(5,))))
+
+
+def test_worlds_of_one_size_share_their_autoencoder(site):
+    """A damaged one is not taken."""
+    first, second, third = (replace(site, seed=seed) for seed in (10, 11, 12))
+    steps = []
+    first.make(None)
+    stamp = (first.home / "autoencoder.safetensors").read_bytes()
+    second.make(lambda done, total, label: steps.append(label))
+    assert (second.home / "autoencoder.safetensors").read_bytes() == stamp
+    assert "autoencoder" in steps[0] and "loss" not in steps[0]
+    for home in (first.home, second.home):
+        (home / "autoencoder.safetensors").write_bytes(stamp[:1000])
+    third.make(None)
+    assert (third.home / "autoencoder.safetensors").read_bytes() == stamp

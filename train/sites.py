@@ -137,6 +137,11 @@ class WorldSite:
         return pictures.SIZE, pictures.SIZE
 
     def make(self, progress: Progress | None) -> Path:
+        """Worlds of one size share their autoencoder: where another one has it, it is not trained again."""
+        world.claim(self.home, "world.json", topology.to_json(self.plan), "world")
+        own = self.home / world.AUTOENCODER
+        if not own.exists() and (other := next(self.home.parent.glob(f"*/{own.name}"), None)):
+            shutil.copyfile(other, own)  # world.build looks whether it is the right one, and whole
         return world.build(self.plan, self.home, progress) / "models"
 
     def facts(self, found: ClusterResult) -> WorldFacts:

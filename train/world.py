@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 NEEDED = ("diffusers", "transformers", "accelerate", "dicebear", "dicebear_styles", "resvg_py", "PIL")
 STAGE_KEY = "lineage_world_stage"
+AUTOENCODER = "autoencoder.safetensors"
 AUTOENCODER_PICTURES = 60
 """Of each style there is: every picture of every world passes this one autoencoder."""
 
@@ -91,7 +92,7 @@ def claim(folder: Path, name: str, wanted: Any, kind: str) -> None:
 
 def _autoencoder(world: World, folder: Path, report: _Count) -> dict[str, Tensor]:
     """The state of the one autoencoder that all models share."""
-    file, key = folder / "autoencoder.safetensors", autoencoder_key(world)
+    file, key = folder / AUTOENCODER, autoencoder_key(world)
     if not _kept(file, key):
         tuned = blank(world, folder, 0)
         images = pixels(pictures.gallery(STYLES, min(world.pictures, AUTOENCODER_PICTURES), 0, "autoencoder"))
