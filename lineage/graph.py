@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Node = TypeVar("Node", int, str)
 FAR = 1e6  # cost of what cannot be
-LARGE = 100  # models of a tree, above which what descends from itself is moved and the rest is left as it is
+ROUNDS = 20  # in which a tree is found anew without its loops, before what is left of them is only moved
 EQUAL = 1e-9  # of the mean squared distance of a part: models nearer than that are equal there
 
 
@@ -91,28 +91,24 @@ def _loops(parent: NDArray[np.intp]) -> list[list[int]]:
 
 def descent(cost: Array, root: int, merges: Mapping[int, Sequence[int]]) -> dict[int, int]:
     """child -> parent of the cheapest tree from the root in which merges keep the parents they have (they are left out
-    of what is returned) and no model descends from itself, through whatever parent. cost: (n, n). Of more than LARGE
-    models it is the cheapest but for those that had to be moved."""
+    of what is returned) and no model descends from itself, through whatever parent. cost: (n, n). Where many would, the
+    last of them are hung elsewhere and the rest stays as it is."""
     cost = cost.copy()
     for merge, parents in merges.items():
         cost[:, merge] = FAR
         cost[list(parents), merge] = -FAR
         cost[merge, list(parents)] = FAR
     above = _above(arborescence(cost, root), merges, root)
-    for _ in range(8 * len(cost)):
+    for _ in range(ROUNDS):
         faulty = _faulty(cost, above, merges)
         if not faulty:
             break
-        if len(cost) > LARGE:
-            _, child, instead = faulty[0]  # one at a time: two moves could make a loop together
-            above[child] = (instead,)
-        else:
-            for parent, child, _ in faulty:
-                cost[parent, child] = FAR
-            above = _above(arborescence(cost, root), merges, root)
-    else:
-        cost[sorted(merges)] = FAR  # hosts of nothing make no loops
+        for parent, child, _ in faulty:
+            cost[parent, child] = FAR
         above = _above(arborescence(cost, root), merges, root)
+    while faulty := _faulty(cost, above, merges):
+        _, child, instead = faulty[0]  # one at a time: two moves could make a loop together
+        above[child] = (instead,)
     return {child: p for child, (p, *_) in sorted(above.items()) if child not in merges}
 
 
