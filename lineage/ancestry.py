@@ -136,8 +136,7 @@ def _finetunes(
     table, sizes = _increments(kin, members, core, ignore, chosen)
     pending = joins.partly(kin, core, table, sorted(merges), chosen) if "merges" not in ignore else []
     merges |= {p.reading.child: p.reading.parents for p in pending}
-    among = table if len(members) == len(kin) else table[:, members][:, :, members]
-    grove = _Grove(kin, members, merges, table, cost(among, sizes))
+    grove = _Grove(kin, members, merges, table, cost((g[np.ix_(members, members)] for g in table), sizes))
     core = [m for m in core if m not in merges]
     roots = [base] if base in core else _central(kin, core, chosen.roots)
     trees = grove.trees(roots)

@@ -227,7 +227,8 @@ def _kin(
         prints=tuple(prints.values()),
         models=opened,
         blocks=tuple(gram.blocks[i] for i in rows),
-        table=gram.table[rows].astype(np.float64),
+        # shared where it can be: of thousands of models it is gigabytes
+        table=(gram.table if len(rows) == len(gram.blocks) else gram.table[rows]).astype(np.float64, copy=False),
         rounding=gram.rounding[:, rows].sum(1),
         matrices={name: block for name, block in main.items() if len(shapes[name]) > 1},
         vectors=tuple(sorted(name for name in main if len(shapes[name]) < 2)),

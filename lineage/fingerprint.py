@@ -37,7 +37,7 @@ KIND = "fingerprint1"  # raise the number whenever a field's meaning changes
 MOST_BLOCKS = SLOTS // LEAST // 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # thousands of models have millions of them
 class TensorPrint:
     """One parameter, under its canonical name. Statistics as in moments.Moments.
 
@@ -237,8 +237,7 @@ def _name(dtype: torch.dtype) -> str:
 def _stored(found: Fingerprint) -> bytes:
     """Compressed JSON (as columns: they compress well), then the sketch."""
     fields = {k: v for k, v in vars(found).items() if k not in ("tensors", "sketch")}
-    rows = [vars(t) for t in found.tensors]
-    fields["tensors"] = {k: [row[k] for row in rows] for k in TensorPrint.__dataclass_fields__}
+    fields["tensors"] = {k: [getattr(t, k) for t in found.tensors] for k in TensorPrint.__dataclass_fields__}
     text = zlib.compress(json.dumps(fields).encode())
     return len(text).to_bytes(8, "little") + text + found.sketch.astype("<f4").tobytes()
 

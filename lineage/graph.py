@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import networkx as nx
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Node = TypeVar("Node", int, str)
 FAR = 1e6  # cost of what cannot be
-ROUNDS = 20  # in which a tree is found anew without its loops, before what is left of them is only moved
+ANEW = 5e7  # pairs that are looked at to find a tree anew without its loops, before what is left of them is only moved
 EQUAL = 1e-9  # of the mean squared distance of a part: models nearer than that are equal there
 
 
@@ -34,17 +34,16 @@ def spanning_tree(d: Array, members: Sequence[int]) -> list[tuple[int, int]]:
     return sorted(edges)
 
 
-def cost(table: Array, sizes: Array) -> Array:
+def cost(table: Iterable[Array], sizes: Array) -> Array:
     """(n, n) mean over entries of the log variance of the increment between two models: minus twice the likelihood of
     one having grown out of the other, every part's variance being its own. 0 on the diagonal.
 
-    table: (parts, n, n) inner products; sizes: (parts,) entries. Parts where all are equal tell nothing."""
-    total = np.zeros(table.shape[1:])
+    table: (n, n) inner products of each part; sizes: (parts,) entries. Parts where all are equal tell nothing."""
+    total: Any = 0.0
     for g, size in zip(table, sizes, strict=True):
         own = np.diag(g)
         d = np.maximum(own[:, None] + own - 2 * g, 0)
-        if d.any():
-            total += size * np.log(d / d.mean() + EQUAL)
+        total = total + (size * np.log(d / d.mean() + EQUAL) if d.any() else np.zeros_like(d))
     np.fill_diagonal(total, 0)
     return total / sizes.sum()
 
@@ -99,7 +98,7 @@ def descent(cost: Array, root: int, merges: Mapping[int, Sequence[int]]) -> dict
         cost[list(parents), merge] = -FAR
         cost[merge, list(parents)] = FAR
     above = _above(arborescence(cost, root), merges, root)
-    for _ in range(ROUNDS):
+    for _ in range(int(ANEW / len(cost) ** 2)):
         faulty = _faulty(cost, above, merges)
         if not faulty:
             break
