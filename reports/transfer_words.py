@@ -57,7 +57,8 @@ def findings(result: TransferResult) -> list[str]:
 
 
 def _note(result: TransferResult) -> list[str]:
-    return [MINIATURE] if {"size", "world", "worlds"} & result.config.keys() else []
+    own = result.config.get("files")
+    return [MINIATURE] if not own and {"size", "world", "worlds"} & result.config.keys() else []
 
 
 def _share(result: TransferResult) -> str | None:

@@ -142,7 +142,9 @@ def test_every_adapter_is_put_on_every_model_and_judged_by_all(done: Path):
     }
     ways = [("locon", "default"), ("loha", "no tags"), ("loha", "other clip skip")]
     assert secondary == {(*way, "base", y) for way in ways for y in ("base", "tuned")}
-    assert "</html>" in (done / "report.html").read_text("utf-8")
+    page = (done / "report.html").read_text("utf-8")
+    assert "</html>" in page
+    assert "iniature" not in page
 
 
 def test_untouched_models_look_like_themselves(done: Path):
@@ -188,6 +190,7 @@ def test_a_judge_knows_the_pictures_it_was_shown(made: Path, tmp_path: Path, mak
         ("seeds = [0]", "seeds = [0]\nsteps = 3", "steps: .files. takes that from files.lesson"),
         ("seeds = [0]", "seeds = [0]\n[worlds]\nsize = 'small'", "worlds: .files. takes that from files.lesson"),
         ('"no tags"', '"no tag"', "secondary.setups: 'no tag' is not known. Did you mean"),
+        ('"no tags"', '"regularisation"', "files.regularisation: the setup 'regularisation' needs that folder"),
         ('lesson = "lesson.toml"', "", "files.lesson is missing"),
     ],
 )

@@ -27,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory):
 
 def lesson(site: WorldSite, setup: str, target: str = "hina", network: str = "loha") -> Config:
     usual = site.lesson(target, "base", SaveConfig(Path("run")), 0)
-    return changed(usual, Way(network, setup), site, target)
+    return changed(usual, Way(network, setup), site)
 
 
 def differing(a: Config, b: Config) -> set[str]:

@@ -170,7 +170,7 @@ class _Bench:
         home = job.folder / "adapters" / job.site.name / job.target / job.name
         seed = int(hashlib.sha256(f"{job.site.name} {job.target} {job.name}".encode()).hexdigest()[:8], 16) % 2**31
         save = SaveConfig(home, at=lesson.at, name="adapter")
-        config = changed(self.site.lesson(job.target, base, save, seed), job.way, self.site, job.target)
+        config = changed(self.site.lesson(job.target, base, save, seed), job.way, self.site)
         for _ in train(config, device=job.device):
             pass
         kept = {

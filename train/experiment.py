@@ -250,6 +250,9 @@ def _file_faults(e: Experiment) -> Iterator[str]:
         yield "files.bases: name at least one model."
     if e.files.judges and not e.files.references:
         yield "files.references: the judges need a folder with pictures of each target."
+    for setup, folder in (("regularisation", "regularisation"), ("photo regularisation", "photographs")):
+        if setup in e.secondary.setups and getattr(e.files, folder) is None:
+            yield f"files.{folder}: the setup {setup!r} needs that folder."
     for judge in e.files.judges:
         if judge.partition(":")[0] not in JUDGES or not judge.partition(":")[2]:
             yield f"files.judges: {judge!r} is not known. Write {' or '.join(f'{kind}:FOLDER' for kind in JUDGES)}."

@@ -121,7 +121,7 @@ class FilesSite:
         shown = [", ".join(p.caption.tags) for p in self.held_out(target)]
         return (self._target(target).prompts or tuple(shown))[: self.experiment.measures.drawn]
 
-    def other(self, target: str, photographic: bool) -> Path | None:
+    def other(self, photographic: bool) -> Path | None:
         return self._files.photographs if photographic else self._files.regularisation
 
     def judges(self) -> dict[str, Judge]:

@@ -28,11 +28,11 @@ class Way:
         return self.network if self.setup == DEFAULT else self.setup
 
 
-def changed(config: Config, way: Way, site: Site, target: str) -> Config:
-    """The default `config` of a target, trained that way."""
+def changed(config: Config, way: Way, site: Site) -> Config:
+    """The site's default `config`, trained that way."""
     if way.network != config.network.algo:
         config = _other_network(config, way.network)
-    return CHANGES[way.setup](config, site, target)
+    return CHANGES[way.setup](config, site)
 
 
 def applied_clip_skip(usual: int, setup: str) -> int:
@@ -55,34 +55,34 @@ def _other_network(config: Config, algo: str) -> Config:
     return replace(config, network=replace(network, algo=algo, **dims, **scaled), training=replace(training, lr=rate))
 
 
-def _data(**changes: Any) -> Callable[[Config, Site, str], Config]:
-    return lambda config, site, target: replace(config, data=replace(config.data, **changes))
+def _data(**changes: Any) -> Callable[[Config, Site], Config]:
+    return lambda config, site: replace(config, data=replace(config.data, **changes))
 
 
-def _training(**changes: Any) -> Callable[[Config, Site, str], Config]:
-    return lambda config, site, target: replace(config, training=replace(config.training, **changes))
+def _training(**changes: Any) -> Callable[[Config, Site], Config]:
+    return lambda config, site: replace(config, training=replace(config.training, **changes))
 
 
-def _large(faster: float = 1.0, **changes: Any) -> Callable[[Config, Site, str], Config]:
-    def change(config: Config, site: Site, target: str) -> Config:
+def _large(faster: float = 1.0, **changes: Any) -> Callable[[Config, Site], Config]:
+    def change(config: Config, site: Site) -> Config:
         training = replace(config.training, lr=config.training.lr * faster)
         return replace(config, network=replace(config.network, **{**LARGE, **changes}), training=training)
 
     return change
 
 
-def _other_pictures(photographic: bool) -> Callable[[Config, Site, str], Config]:
-    return lambda config, site, target: replace(config, data=replace(config.data, reg=site.other(target, photographic)))
+def _other_pictures(photographic: bool) -> Callable[[Config, Site], Config]:
+    return lambda config, site: replace(config, data=replace(config.data, reg=site.other(photographic)))
 
 
-def _no_tags(config: Config, site: Site, target: str) -> Config:
+def _no_tags(config: Config, site: Site) -> Config:
     bare = replace(config.data, keep_tokens=0, prune={})
     shown, _ = folders.pictures(bare)
     tags = {tag for p in shown for tag in p.caption.free}
     return replace(config, data=replace(bare, prune={"*": tuple(sorted(tags))}))
 
 
-def _higher(config: Config, site: Site, target: str) -> Config:
+def _higher(config: Config, site: Site) -> Config:
     """1.5 times the side."""
     data = config.data
     resolution, most = (side * 3 // 2 // GRID * GRID for side in (data.resolution, data.bucket_max))
@@ -90,16 +90,16 @@ def _higher(config: Config, site: Site, target: str) -> Config:
     return replace(config, data=replace(data, resolution=resolution, bucket_max=most, buckets=buckets))
 
 
-def _half_text(config: Config, site: Site, target: str) -> Config:
+def _half_text(config: Config, site: Site) -> Config:
     return replace(config, training=replace(config.training, text_encoder_lr=config.text_encoder_lr / 2))
 
 
-def _skip(config: Config, site: Site, target: str) -> Config:
+def _skip(config: Config, site: Site) -> Config:
     return replace(config, data=replace(config.data, clip_skip=_other_skip(config.data.clip_skip)))
 
 
-CHANGES: dict[str, Callable[[Config, Site, str], Config]] = {
-    DEFAULT: lambda config, site, target: config,
+CHANGES: dict[str, Callable[[Config, Site], Config]] = {
+    DEFAULT: lambda config, site: config,
     "no tags": _no_tags,
     "all tags": _data(prune={}),
     "regularisation": _other_pictures(False),

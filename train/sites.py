@@ -89,8 +89,8 @@ class Site(Protocol):
 
     def prompts(self, target: str) -> tuple[str, ...]: ...
 
-    def other(self, target: str, photographic: bool) -> Path | None:
-        """Folder of regularisation pictures, which do not show the target; None where there is none."""
+    def other(self, photographic: bool) -> Path | None:
+        """Folder of regularisation pictures, which show no target; None where nobody named one."""
         ...
 
     def judges(self) -> Mapping[str, Judge]: ...
@@ -190,7 +190,7 @@ class WorldSite:
         shown = self._gallery(target, "prompts")[: self.experiment.measures.drawn]
         return tuple(", ".join(parse(p.caption, read).tags) for p in shown)
 
-    def other(self, target: str, photographic: bool) -> Path | None:
+    def other(self, photographic: bool) -> Path:
         """Pictures in the styles of the first model; photographic: in the first of them, which in the article's world
         plays photographs."""
         styles = self.plan.trained[0].styles

@@ -25,7 +25,7 @@ from lineage.pairs import pick_device
 from lineage.records import restore
 from lineage.results import provenance, write_files
 from lineage.transfer_measures import readings
-from lineage.transfer_records import Cell, PairPrediction, TransferResult, WorldFacts, predictions_hash
+from lineage.transfer_records import NOT_TESTABLE, Cell, PairPrediction, TransferResult, WorldFacts, predictions_hash
 from lineage.transfer_statistics import statistics
 from lineage.verdicts import hypotheses
 from train import world
@@ -75,11 +75,14 @@ def transfer_test(
         foretold += pairs
         cells += measured
     found = readings(cells, facts, experiment.design)
+    claims = hypotheses(frame(found))
+    if experiment.files:  # the article's roles are not in it
+        claims = tuple(claim for claim in claims if claim.verdict != NOT_TESTABLE)
     told = provenance("transfer-test", {}, seed=experiment.seeds[0], seconds=round(time.monotonic() - began, 1))
     return TransferResult(
         told, experiment.to_json(), experiment.hash, predictions_hash(foretold), experiment.design, tuple(facts),
         tuple(foretold), tuple(cells), found.dropped, statistics(cells, facts, foretold, experiment.design),
-        hypotheses(frame(found)), notes=(ONE_WORLD if experiment.files else MINIATURE,),
+        claims, notes=(ONE_WORLD if experiment.files else MINIATURE,),
     )  # fmt: skip
 
 
