@@ -172,7 +172,9 @@ def forest(models: Sequence[Model], options: Options, progress: Progress | None 
         related = _related(prints, gram, set(main.values()), options.chosen)
         for a, b in permuted([m.print for m in group]):
             related[a, b] = related[b, a] = True
-        for members in trees(related):
+        grown = trees(related)
+        del related  # of ten thousand models 100 MB
+        for members in grown:
             done += len(members)
             if progress:
                 progress(done, len(models), f"tree of {len(members)}")

@@ -51,22 +51,27 @@ def cost(table: Iterable[Array], sizes: Array) -> Array:
 def arborescence(cost: Array, root: int) -> dict[int, int]:
     """child -> parent of the cheapest tree that grows from the root (Chu & Liu 1965; Edmonds 1967). cost: (n, n), of a
     parent (row) and its child; finite."""
-    best = np.where(np.eye(len(cost), dtype=bool), FAR, cost).argmin(0)
+    return _arborescence(cost.copy(), root)
+
+
+def _arborescence(cost: Array, root: int) -> dict[int, int]:
+    """Uses up `cost`: of thousands of models every copy counts."""
+    np.fill_diagonal(cost, FAR)
+    best = cost.argmin(0)
     best[root] = -1
     loops = _loops(best)
     parent = {child: int(p) for child, p in enumerate(best) if p >= 0}
     if not loops:
         return parent
-    inside = {i for loop in loops for i in loop}
-    members = [*loops, *([i] for i in range(len(cost)) if i not in inside)]
-    extra = cost.copy()  # beyond what a node of a loop costs inside it
-    extra[:, sorted(inside)] -= cost[best[sorted(inside)], sorted(inside)]
+    inside = sorted(i for loop in loops for i in loop)
+    cost[:, inside] -= cost[best[inside], inside]  # what is left is beyond what a node of a loop costs inside it
+    members = [*loops, *([i] for i in sorted({*range(len(cost))}.difference(inside)))]
     order, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
-    small = np.minimum.reduceat(np.minimum.reduceat(extra[np.ix_(order, order)], starts, 0), starts, 1)
-    for into, out in arborescence(small, next(k for k, m in enumerate(members) if root in m)).items():
+    small = np.minimum.reduceat(np.minimum.reduceat(cost[np.ix_(order, order)], starts, 0), starts, 1)
+    for into, out in _arborescence(small, next(k for k, m in enumerate(members) if root in m)).items():
         first, last = members[out][0], members[into][0]
         if len(members[out]) > 1 or len(members[into]) > 1:
-            ways = extra[np.ix_(members[out], members[into])]
+            ways = cost[np.ix_(members[out], members[into])]
             i, j = np.unravel_index(ways.argmin(), ways.shape)
             first, last = members[out][i], members[into][j]
         parent[last] = first
