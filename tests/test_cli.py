@@ -157,7 +157,8 @@ def test_a_missing_extra_gives_the_pip_line(call, tmp_path, monkeypatch):
 
 
 INTERRUPTED = """
-import sys, time, lineage, cli
+import signal, sys, time, lineage, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a script starts in the background ignore it
 def slow(*a, **k):
     print("started", flush=True)
     time.sleep(60)
