@@ -65,8 +65,8 @@ def make(kind: str, name: str, seed: int) -> Path:
         DATA.mkdir(parents=True, exist_ok=True)
         shapes = to_ldm(stable_diffusion.states(stable_diffusion.full(kind)), kind)
         noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)).half()
-        tensors = {n: noise.repeat(t.numel() // len(noise) + 1)[: t.numel()].view(t.shape) for n, t in shapes.items()}
-        save_file(tensors, path, {"format": "pt"})
+        filled = lambda n: noise.repeat(-(-n // len(noise)))[:n].clone()  # noqa: E731  a view would hold all of it
+        save_file({n: filled(t.numel()).view(t.shape) for n, t in shapes.items()}, path, {"format": "pt"})
     return path
 
 
