@@ -67,6 +67,21 @@ def test_a_setup_changes_what_it_says_and_nothing_else(site, setup):
     assert differing(lesson(site, setup), lesson(site, "default")) == WHAT[setup]
 
 
+def test_settings_are_those_of_the_article(site):
+    """Dim 32 and 16 with alpha 1 or half of them; 5e-4 for 2e-4; half the rate for the text encoder."""
+    usual = lesson(site, "default").training
+    for setup, alphas, faster in (
+        ("large", (1, 1), 1), ("large fast", (1, 1), 5e-4 / 2e-4), ("large half alpha", (16, 8), 1),
+    ):  # fmt: skip
+        changed_to = lesson(site, setup)
+        network = changed_to.network
+        assert (network.dim, network.conv_dim, network.alpha, network.conv_alpha) == (32, 16, *alphas)
+        assert changed_to.training.lr == pytest.approx(usual.lr * faster)
+    half = lesson(site, "half text rate")
+    assert (half.unet_lr, half.text_encoder_lr) == (usual.lr, usual.lr / 2)
+    assert lesson(site, "higher resolution").data.resolution == 96
+
+
 def captions(config: Config) -> list[set[str]]:
     return [set(p.caption.tags) for p in folders.pictures(config.data)[0]]
 

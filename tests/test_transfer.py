@@ -21,6 +21,7 @@ from lineage.results import load_json
 from train import cells, judge, measures, topology, transfer
 from train.experiment import Experiment, Lessons, Measures, Worlds
 from train.fit import Plan
+from train.models import open_base
 from train.setups import Way
 
 SMALL = Experiment(
@@ -234,6 +235,16 @@ def test_a_random_adapter_has_the_norms_of_the_trained_one_and_nothing_else(done
         assert float(a.norm()) == pytest.approx(float(b.norm()), rel=1e-4)
         if a.norm() > 0:
             assert abs(float(torch.nn.functional.cosine_similarity(a, b, 0))) < 0.5
+
+
+def test_a_loss_does_not_depend_on_the_pictures_beside_it(done: Path, monkeypatch: pytest.MonkeyPatch):
+    [site] = transfer.sites(done, SMALL)
+    base, shown = open_base(site.model("tuned")), site.held_out("personas")
+    together = measures.losses(base, shown, 3, 1)
+    monkeypatch.setattr(measures, "AT_ONCE", 1)
+    assert measures.losses(base, shown, 3, 1) == pytest.approx(together, rel=1e-5)
+    assert measures.losses(base, shown[:1], 3, 1) == pytest.approx(together[:1], rel=1e-5)
+    assert len({*together}) == len(shown)
 
 
 def test_one_cell_alone_is_the_one_of_the_full_run(done: Path, tmp_path: Path):
