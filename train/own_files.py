@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lineage.errors import LineageError
 from lineage.folder import scan
+from lineage.graph import ancestors
 from lineage.recipe import did_you_mean
 from lineage.transfer_records import Member, WorldFacts
 from train import folders
@@ -138,26 +139,16 @@ def _members(found: ClusterResult, bases: tuple[str, ...], models: tuple[str, ..
     for edge in found.edges:
         if edge.directed and not edge.declared and edge.child in above and edge.parent in listed:
             above[edge.child].append(edge)
+    parents = {name: [edge.parent for edge in edges] for name, edges in above.items()}
     members = []
-    for name in sorted(listed, key=lambda name: (len(_line(name, above)), name)):
+    for name in sorted(listed, key=lambda name: (len(ancestors(parents, name)), name)):
         m, edges = listed[name], above[name]
         relation = edges[0].relation if edges and edges[0].relation in ("merge", "permuted") else "finetune"
         use = "base" if name in bases else "apply"
         members.append(
             Member(
-                name, name, m.root or name, m.family or m.root or name, tuple(e.parent for e in edges),
+                name, name, m.root or name, m.family or m.root or name, tuple(parents[name]),
                 relation if edges or m.root != name else "root", "control" if relation == "permuted" else use,
             )
         )  # fmt: skip
     return [m for m in members if m.name in models or any(m.name in other.parents for other in members)]
-
-
-def _line(name: str, above: dict[str, list[Edge]]) -> set[str]:
-    """All that a model descends from."""
-    found: set[str] = set()
-    todo = [name]
-    while todo:
-        parents = {edge.parent for edge in above[todo.pop()]} - found
-        found |= parents
-        todo += parents
-    return found
