@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -328,6 +328,7 @@ known = st.sampled_from(sorted({*keys.SAME, *keys.TOGETHER, *keys.REASONS, *keys
 
 
 @given(st.dictionaries(known | st.text(max_size=5), values, max_size=12))
+@example({"max_resolution": [1, -1]})
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_any_settings_give_a_configuration_or_an_error(tmp_path, given):
     """Every key is used or named."""

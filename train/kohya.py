@@ -266,7 +266,7 @@ def _warmup(r: Reading) -> None:
 
 def _pictures(r: Reading) -> None:
     sides = r.get("resolution", "numbers") or [512.0]
-    side = round(math.sqrt(sides[0] * sides[-1]) / 64) * 64 if len(set(sides)) > 1 else int(sides[0])
+    side = round(math.sqrt(max(0.0, sides[0] * sides[-1])) / 64) * 64 if len(set(sides)) > 1 else int(sides[0])
     if len(set(sides)) > 1:
         r.notes.append(f"resolution {sides[0]:g} x {sides[-1]:g}: {side} has about its area.")
     r.set("data.resolution", side)
