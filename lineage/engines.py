@@ -23,15 +23,17 @@ def in_parallel(
     jobs: int = 1,
     engine: str | None = None,
     address: str | None = None,
+    gpu: bool = False,
     progress: Progress | None = None,
 ) -> list[_Result]:
     """[function(item) for item in items], by `jobs` processes, or by a cluster: engine "ray" or "dask" at `address`
-    (None: a new one on this machine). A cluster's machines must see the files under the same paths.
+    (None: a new one on this machine). A cluster's machines must see the files under the same paths. gpu: Ray gives
+    every item a GPU of its own, which is the only one that it sees.
 
-    LineageError for an engine that is unknown, not installed or not there."""
+    LineageError for an engine that is unknown, not installed or not there, and for a Ray cluster without that GPU."""
     tasks = (delayed(function)(item) for item in items)
     if engine:
-        with _cluster(engine, address):
+        with _cluster(engine, address, gpu):
             return _listed(Parallel()(tasks), items, progress)
     parallel: Any = Parallel(jobs, return_as="generator")
     return _listed(parallel(tasks), items, progress)
@@ -47,15 +49,15 @@ def _listed(results: Any, items: Sequence[_Item], progress: Progress | None) -> 
 
 
 @contextmanager
-def _cluster(engine: str, address: str | None) -> Iterator[None]:
+def _cluster(engine: str, address: str | None, gpu: bool) -> Iterator[None]:
     if engine not in ENGINES:
         raise LineageError(f"engine {engine!r}: choose one of {', '.join(ENGINES)}.")
-    with (_ray if engine == "ray" else _dask)(address), parallel_config(backend=engine):
+    with _ray(address, gpu) if engine == "ray" else _dask(address):
         yield
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def _ray(address: str | None, gpu: bool) -> Iterator[None]:
     try:
         import ray  # type: ignore[reportMissingImports]
         from ray.util.joblib import register_ray  # type: ignore[reportMissingImports]
@@ -67,7 +69,12 @@ def _ray(address: str | None) -> Iterator[None]:
         raise _not_there("ray", address, e) from e
     register_ray()
     try:
-        yield
+        kind = "GPU" if gpu else "CPU"
+        count = int(ray.cluster_resources().get(kind, 0))
+        if not count:
+            raise LineageError(f"--engine ray: the cluster has no {kind}. Start one that has, or choose --device cpu.")
+        with parallel_config("ray", n_jobs=count, ray_remote_args={"num_gpus": int(gpu)}):
+            yield
     finally:
         ray.shutdown()
 
@@ -82,7 +89,7 @@ def _dask(address: str | None) -> Iterator[None]:
         client = Client(address) if address else Client(dashboard_address=None)
     except (OSError, ValueError) as e:
         raise _not_there("dask", address, e) from e
-    with client:
+    with client, parallel_config("dask"):
         yield
 
 

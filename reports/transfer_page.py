@@ -38,6 +38,7 @@ from reports.transfer_words import answer, findings
 from reports.wording import UNKNOWN, count, number, percent
 
 LISTED = 300
+FORETOLD = "predicted"
 SIDE_BY_SIDE = 18  # models up to which two matrices stand beside each other
 TONES = {SUPPORTED: "held", CONTRADICTED: "fell", UNDECIDED: "open", NOT_TESTABLE: "untested"}
 APART_HEADS = ("Of", "Measured by", "Targets", "tau", "95 % interval", "Share of halves", "Share of perfect", "Worlds")
@@ -121,8 +122,9 @@ Ends = tuple[float, float]
 
 
 def _matrices(v: View) -> Safe | None:
-    lift = _mean(pair_means(v.found, v.world.name, "lift")) if v.world else {}
-    if v.world is None or not lift:
+    foretold = {(p.base, p.model): p for p in v.result.predictions if v.world and p.world == v.world.name}
+    tables = [*_tables(v, v.world.name, foretold)] if v.world else []
+    if v.world is None or not tables:
         return None
     words = (
         f"World {v.world.name}: down the model an adapter was trained on, across the one it is applied to, both in the "
@@ -130,9 +132,8 @@ def _matrices(v: View) -> Safe | None:
         "model's own adapter, orange made it worse; framed squares are a model's own. The other colours run from the "
         "least to the most among models of one root. Click a square for its numbers.",
     )
-    foretold = {(p.base, p.model): p for p in v.result.predictions if p.world == v.world.name}
-    rows, columns = (v.axis(dict.fromkeys(pair[i] for pair in sorted(lift))) for i in (0, 1))
-    tables = _tables(v, v.world.name, lift, foretold)
+    measured = sorted({pair for _, values, name, _ in tables if name != FORETOLD for pair in values})
+    rows, columns = (v.axis(dict.fromkeys(pair[i] for pair in measured)) for i in (0, 1))
     grids = [_grid(title, rows, columns, values, name, ends, foretold) for title, values, name, ends in tables]
     by_target = [_target(v, t, rows, columns, foretold) for t in v.world.targets]
     said = h("p", id="square", class_="note", aria_live="polite", hidden=True)
@@ -141,16 +142,15 @@ def _matrices(v: View) -> Safe | None:
 
 
 def _tables(
-    v: View, world: str, lift: dict[Pair, float], foretold: dict[Pair, PairPrediction]
+    v: View, world: str, foretold: dict[Pair, PairPrediction]
 ) -> Iterator[tuple[str, dict[Pair, float], str, Ends]]:
     """Title, values, what to call one, and the ends of the colours, of each matrix that can be drawn."""
-    comes, stays = ({k: getattr(p, of) for k, p in foretold.items()} for of in ("strength", "retention"))
-    yield "Measured strength", lift, "lift", (0.0, 1.0)
-    yield "Predicted strength", comes, "predicted", v.ends(comes)
-    kept = _mean(pair_means(v.found, world, v.retention)) if v.retention else {}
-    if kept:
-        yield "Measured retention", kept, "kept", v.ends(kept)
-        yield "Predicted retention", stays, "predicted", v.ends(stays)
+    for of, measure, name in (("strength", "lift", "lift"), ("retention", v.retention, "kept")):
+        found = _mean(pair_means(v.found, world, measure)) if measure else {}
+        if found:
+            values = {pair: getattr(p, of) for pair, p in foretold.items()}
+            yield f"Measured {of}", found, name, (0.0, 1.0) if of == "strength" else v.ends(found)
+            yield f"Predicted {of}", values, FORETOLD, v.ends(values)
 
 
 def _mean(pairs: dict[Pair, list[float]]) -> dict[Pair, float]:

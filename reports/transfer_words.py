@@ -136,7 +136,7 @@ def claims_words(found: Sequence[Hypothesis]) -> list[str]:
     if not found:
         return []
     counts = ", ".join(f"{len(groups[v])} {v}" for v in VERDICTS if groups[v])
-    said = [f"Of the article's {count(len(found), 'claim')}: {counts}."]
+    said = [f"Of {count(len(found), 'claim')} of the article: {counts}."]
     for verdict, how in ((SUPPORTED, "Held"), (CONTRADICTED, "Did not hold")):
         if groups[verdict]:
             said.append(f"{how}: {_listed([_lower(h.claim) for h in groups[verdict]])}.")

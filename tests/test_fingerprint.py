@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from lineage import fingerprint as module
 from lineage.cache import Cache, cached_sha256, default_folder
-from lineage.engines import in_parallel
 from lineage.errors import LineageError
 from lineage.fingerprint import fingerprint, fingerprints
 from lineage.hashing import sha256
@@ -403,19 +402,3 @@ def test_many_files_at_once_and_what_cannot_be_read(tmp_path):
     assert list(found) == good
     assert "bad.safetensors" in failed[bad]
     assert [done for done, _, _ in told] == [1, 2, 3]
-
-
-def test_unknown_and_absent_engines_are_named(tmp_path):
-    with pytest.raises(LineageError, match="ray, dask"):
-        in_parallel(str, [1], engine="spark")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("dask", "distributed")])
-def test_a_local_cluster_gives_the_same_fingerprints(tmp_path, engine, package):
-    pytest.importorskip(package)
-    paths = [save(tmp_path / f"{i}.safetensors", **model(i)) for i in range(3)]
-    here, _ = fingerprints(paths, cache=tmp_path / "here")
-    there, failed = fingerprints(paths, cache=tmp_path / "there", engine=engine)
-    assert not failed
-    assert {p: f.tensors for p, f in there.items()} == {p: f.tensors for p, f in here.items()}

@@ -104,6 +104,18 @@ def test_dropped_columns_are_listed(result, folder):
     assert dropped[0].reason in text
 
 
+def test_a_model_whose_strength_is_dropped_still_shows_its_retention(result, folder):
+    world = shown_world(result)
+    cells = tuple(
+        replace(c, loss=0.5) if (c.world, c.model, c.base) == (world, "BP", "BP") else c for c in result.cells
+    )
+    shown = replace(result, cells=cells)
+    assert ("NAI", "BP") not in pair_means(View(shown).found, world, "lift")
+    text = build(json.loads(dumps(shown)), folder)
+    assert "NAI on BP: not measured, or dropped." in text
+    assert "NAI on BP: kept 0." in text
+
+
 def test_axes_follow_the_tree(result):
     facts = result.worlds[0]
     rows = branches(facts, [m.name for m in facts.models])

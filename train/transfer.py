@@ -64,7 +64,8 @@ def transfer_test(
     began, folder = time.monotonic(), Path(os.path.abspath(folder))
     world.claim(folder, "experiment.json", experiment.to_json(), "experiment")
     device = str(pick_device(device))
-    pools = partial(in_parallel, jobs=workers, engine=engine, address=address, progress=progress)
+    gpu = device.startswith("cuda")
+    pools = partial(in_parallel, jobs=workers, engine=engine, address=address, gpu=gpu, progress=progress)
     chosen = [site for site in sites(folder, experiment) if not finished_only or _complete(folder, experiment, site)]
     if not chosen:
         raise LineageError(f"{folder}: no world is finished yet.")
