@@ -5,30 +5,34 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 _begun: dict[tuple, Future[str]] = {}
 
 
 def begin(*paths: str | os.PathLike) -> None:
-    """Start to hash the files in the background, one after the other; `sha256` then waits for what was begun.
-
-    The thread does not keep the process alive."""
-    work = []
+    """Start to hash the files in the background, as many at once as there are processors; `sha256` then waits for what
+    was begun. The threads do not keep the process alive."""
+    work = SimpleQueue[tuple[Path, Future[str]]]()
     for path in map(Path, paths):
         if path.is_file() and _key(path) not in _begun:
             future = _begun[_key(path)] = Future()
-            work.append((path, future))
-    Thread(target=_work, args=(work,), daemon=True).start()
+            work.put((path, future))
+    for _ in range(min(work.qsize(), os.cpu_count() or 1)):
+        Thread(target=_work, args=(work,), daemon=True).start()
 
 
-def _work(work: list[tuple[Path, Future[str]]]) -> None:
-    for path, future in work:
-        try:
-            future.set_result(_digest(path))
-        except OSError as e:
-            future.set_exception(e)
+def _work(work: SimpleQueue[tuple[Path, Future[str]]]) -> None:
+    with suppress(Empty):
+        while True:
+            path, future = work.get_nowait()
+            try:
+                future.set_result(_digest(path))
+            except OSError as e:
+                future.set_exception(e)
 
 
 def sha256(path: str | os.PathLike) -> str:
