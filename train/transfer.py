@@ -75,11 +75,17 @@ def transfer_test(
         facts.append(fact)
         foretold += pairs
         cells += measured
+    return _concluded(experiment, facts, foretold, cells, time.monotonic() - began)
+
+
+def _concluded(
+    experiment: Experiment, facts: list[WorldFacts], foretold: list[PairPrediction], cells: list[Cell], seconds: float
+) -> TransferResult:
     found = readings(cells, facts, experiment.design)
     claims = hypotheses(frame(found))
     if experiment.files:  # the article's roles are not in it
         claims = tuple(claim for claim in claims if claim.verdict != NOT_TESTABLE)
-    told = provenance("transfer-test", {}, seed=experiment.seeds[0], seconds=round(time.monotonic() - began, 1))
+    told = provenance("transfer-test", {}, seed=experiment.seeds[0], seconds=round(seconds, 1))
     return TransferResult(
         told, experiment.to_json(), experiment.hash, predictions_hash(foretold), experiment.design, tuple(facts),
         tuple(foretold), tuple(cells), found.dropped, statistics(cells, facts, foretold, experiment.design),
