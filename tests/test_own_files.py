@@ -211,6 +211,17 @@ def test_another_lesson_is_another_experiment(made: Path, done: Path, tmp_path: 
         transfer.transfer_test(other, done)
 
 
+def test_a_model_that_was_exchanged_since_is_refused(made: Path, done: Path, tmp_path: Path):
+    again = tmp_path / "out"
+    shutil.copytree(done, again)
+    next(again.glob("cells/*/*/base-0.json")).unlink()
+    file = again / "predictions" / "models.json"
+    told = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(told | {"models": told["models"] | {"mixed": "0" * 64}}), encoding="utf-8")
+    with pytest.raises(LineageError, match="mixed: is no longer the model"):
+        transfer.transfer_test(Experiment.read(made / "experiment.toml"), again)
+
+
 def test_hours_are_known_when_a_job_is_done(made: Path, done: Path, tmp_path: Path):
     experiment = Experiment.read(made / "experiment.toml")
     told = {what.split(":")[0].split(" by")[0]: n for n, what in transfer.forecast(experiment, tmp_path)}

@@ -7,9 +7,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lineage.cache import Cache
 from lineage.errors import LineageError
 from lineage.folder import scan
 from lineage.graph import ancestors
+from lineage.reading import content_hash
 from lineage.recipe import did_you_mean
 from lineage.transfer_records import Member, WorldFacts
 from train import folders
@@ -84,6 +86,9 @@ class FilesSite:
             self.own(name)
         self.judges()
         return self._files.models
+
+    def hashes(self) -> dict[str, str]:
+        return {name: content_hash(self.paths[name], Cache()) for name in self.models}
 
     def facts(self, found: ClusterResult) -> WorldFacts:
         """As `lineage cluster` found it: the truth about files of one's own is not known."""

@@ -71,6 +71,10 @@ class Site(Protocol):
         """The folder of the models, when all that is missing of it is made."""
         ...
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the models that are not made here."""
+        ...
+
     def facts(self, found: ClusterResult) -> WorldFacts:
         """What is known of the models: the truth, else what their weights tell."""
         ...
@@ -143,6 +147,9 @@ class WorldSite:
         if not own.exists() and (other := next(self.home.parent.glob(f"*/{own.name}"), None)):
             shutil.copyfile(other, own)  # world.build looks whether it is the right one, and whole
         return world.build(self.plan, self.home, progress) / "models"
+
+    def hashes(self) -> dict[str, str]:
+        return {}
 
     def facts(self, found: ClusterResult) -> WorldFacts:
         return world_facts(self.name, json.loads((self.home / "truth.json").read_text(encoding="utf-8")))

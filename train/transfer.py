@@ -109,6 +109,7 @@ def _measured(
     todo = jobs(folder, experiment, site, predictions_hash(pairs), device)
     if None in [finished(job) for job in todo]:  # all of them: stale ones are refused before anything is trained
         site.make(progress)
+        _check_models(_foretold_file(folder, site), site)
     return fact, pairs, [cell for found in pools(run, todo) for cell in found]
 
 
@@ -159,13 +160,23 @@ def _foretold(
     if not file.exists():
         found = lineage.cluster(site.make(progress), metadata=False)
         facts = site.facts(found)
-        told = {"made_of": made_of, "facts": asdict(facts), "predictions": [asdict(p) for p in _pairs(found, facts)]}
+        told = {"made_of": made_of, "models": site.hashes(), "facts": asdict(facts)}
+        told["predictions"] = [asdict(p) for p in _pairs(found, facts)]
         file.parent.mkdir(exist_ok=True)
         write_files(file.parent, {file.name: json.dumps(told, indent=1) + "\n"})
     told = json.loads(file.read_text(encoding="utf-8"))
     if told["made_of"] != made_of:
         raise LineageError(f"{file}: was made by another predictor or experiment. Name another folder.")
     return restore(WorldFacts, told["facts"]), [restore(PairPrediction, p) for p in told["predictions"]]
+
+
+def _check_models(foretold: Path, site: Site) -> None:
+    told = json.loads(foretold.read_text(encoding="utf-8")).get("models", {})
+    for name, digest in site.hashes().items():
+        if told.get(name) != digest:
+            raise LineageError(
+                f"{name}: is no longer the model that {foretold} was made from. Put it back, or name another folder."
+            )
 
 
 def _pairs(found: ClusterResult, facts: WorldFacts) -> list[PairPrediction]:
