@@ -1,4 +1,4 @@
-"""What may foretell a matrix of transfer: the prediction, plain baselines, an oracle that has seen other targets."""
+"""What may foretell a matrix of transfer: the prediction, plain baselines, oracles that have seen other answers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lineage.rank_statistics import additive_fit
+from lineage.rank_statistics import additive_fit, additive_residual, rounded
 from lineage.transfer_measures import Matrix, Readings
-from lineage.transfer_records import ORACLE, PREDICTED, Member, PairPrediction
+from lineage.transfer_records import ADDITIVE, PREDICTED, TAUGHT, Member, PairPrediction
 
 CONSTANT = "constant"
 LOSS_OF_MODEL, LOSS_OF_BASE = "loss of the model (one forward pass)", "loss of the base (one forward pass)"
@@ -33,7 +33,8 @@ def predictors(
         **{name: (lambda m, n=name: m.filled(lambda x, y: _baseline(table.get((m.world, x, y)), n))) for name in names},
         LOSS_OF_MODEL: lambda m: m.filled(lambda _, y: found.untouched.get((m.world, m.target, y), np.nan)),
         LOSS_OF_BASE: lambda m: m.filled(lambda x, _: -found.untouched.get((m.world, m.target, x), np.nan)),
-        ORACLE: lambda m: _additive(m, measured, members),
+        ADDITIVE: lambda m: _additive(m, measured, members),
+        TAUGHT: lambda m: _taught(m, foretold(predictions, of)(m), members),
     }
 
 
@@ -64,6 +65,23 @@ def _additive(matrix: Matrix, measured: Sequence[Matrix], members: Members) -> A
     mean = np.where(seen, tables, 0).sum(0) / np.maximum(seen.sum(0), 1)
     mask = seen.any(0) & within(matrix, members)
     return additive_fit(np.where(mask, mean, np.nan), mask) if mask.any() else np.full_like(matrix.values, np.nan)
+
+
+def _taught(matrix: Matrix, predicted: Array, members: Members) -> Array:
+    """slope * prediction + row effect, each column's fitted to all other columns: what the prediction would be worth to
+    somebody who knew how good the bases are for this target. Of mean 0 in each column."""
+    kin, told = within(matrix, members) & np.isfinite(predicted), np.full_like(matrix.values, np.nan)
+    mask = kin & np.isfinite(matrix.values)
+    for y, rows in enumerate(kin.T):
+        others = mask.copy()
+        others[:, y] = False
+        if others[rows].any():
+            left, said = additive_residual(matrix.values, others), additive_residual(predicted, others)
+            slope = left @ said / (said @ said or 1.0)
+            seen = others[rows].any(0).argmax()  # a column of the same root
+            column = slope * predicted[:, y] + additive_fit(matrix.values - slope * predicted, others)[:, seen]
+            told[rows, y] = column[rows] - np.nanmean(column[rows])
+    return rounded(told, float(np.ptp(matrix.values[mask])) if mask.any() else 0.0)
 
 
 def _at(source: Matrix, shape: Matrix) -> Array:

@@ -52,11 +52,14 @@ def _mean(values: Sequence[float] | Array) -> float:
 
 def additive_residual(values: Array, mask: NDArray[np.bool_]) -> Array:
     """What row means and column means leave of the entries in `mask` (vector, row by row): least squares, so that a
-    missing diagonal does no harm. Rounded to ten digits of the spread: what is equal must tie, what is nothing be 0."""
+    missing diagonal does no harm; rounded."""
     seen = values[mask]
-    left = seen - additive_fit(values, mask)[mask]
-    spread = float(np.ptp(seen)) or 1.0
-    return np.round(left / spread, 10) * spread
+    return rounded(seen - additive_fit(values, mask)[mask], float(np.ptp(seen)))
+
+
+def rounded(values: Array, spread: float) -> Array:
+    """To ten digits of the spread: what is equal must tie, what is nothing be 0."""
+    return np.round(values / (spread or 1.0), 10) * (spread or 1.0)
 
 
 def additive_fit(values: Array, mask: NDArray[np.bool_]) -> Array:

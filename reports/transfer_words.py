@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lineage.transfer_records import (
     CONTRADICTED,
     NOT_TESTABLE,
-    ORACLE,
+    ORACLES,
     PREDICTED,
     SUPPORTED,
     UNDECIDED,
@@ -73,10 +73,9 @@ def _share(result: TransferResult) -> str | None:
 
 
 def _rivals(result: TransferResult) -> str | None:
-    """Against the strongest plain baseline; the oracle has seen the answers of other targets and is named apart."""
-    rivals = [
-        c for c in result.statistics.comparisons if (c.of, c.figure) == ("strength", "tau") and c.baseline != ORACLE
-    ]
+    """Against the strongest plain baseline; oracles have seen answers and are no rivals."""
+    ranks = (c for c in result.statistics.comparisons if (c.of, c.figure) == ("strength", "tau"))
+    rivals = [c for c in ranks if c.baseline not in ORACLES]
     best = min(rivals, key=lambda c: c.difference, default=None)
     return None if best is None else f"{_compared(best)}."
 

@@ -21,8 +21,9 @@ from lineage.records import restore
 from lineage.results import dumps, to_json
 from lineage.transfer_measures import Readings, matrices, readings
 from lineage.transfer_records import (
-    ORACLE,
+    ADDITIVE,
     PREDICTED,
+    TAUGHT,
     Cell,
     Design,
     Member,
@@ -217,18 +218,34 @@ def test_tau_by_hand(result, drawn):
 def test_what_knows_nothing_scores_nothing(result):
     for name in (CONSTANT, LOSS_OF_MODEL):
         assert score(result, "tau", name).mean == score(result, "centred", name).mean == 0
-    assert score(result, "centred", ORACLE).mean == 0
-    assert score(result, "tau", ORACLE).mean > 0.1
+    assert score(result, "centred", ADDITIVE).mean == 0
+    assert score(result, "tau", ADDITIVE).mean > 0.1
 
 
-def test_the_oracle_has_not_seen_the_target_itself(drawn):
+def test_the_additive_oracle_has_not_seen_the_target_itself(drawn):
     found = readings(drawn.cells, drawn.worlds, drawn.design)
     measured = matrices(found, "lift")
     own = measured[0]
     other = [replace(own, values=own.values[::-1]), *measured[1:]]
-    plain, changed = (predictors(found, drawn.predictions, "strength", ms)[ORACLE](own) for ms in (measured, other))
+    plain, changed = (predictors(found, drawn.predictions, "strength", ms)[ADDITIVE](own) for ms in (measured, other))
     assert np.isfinite(plain).any()
     np.testing.assert_array_equal(plain, changed)
+
+
+def test_who_knows_the_bases_of_a_target_needs_only_the_prediction_besides(drawn):
+    found = readings(drawn.cells, drawn.worlds, drawn.design)
+    (own, *_) = matrices(found, "lift")
+    mask = within(own, found.members())
+    said = predictors(found, drawn.predictions, "strength", [])[PREDICTED](own)
+    good = np.random.default_rng(0).normal(0, 1, len(own.bases))
+    easy = np.random.default_rng(1).normal(0, 9, len(own.models))
+    whole = replace(own, values=np.where(mask, 0.7 * said + good[:, None] + easy, np.nan))
+    blind = replace(whole, values=np.where(np.arange(len(own.models)) == 3, np.nan, whole.values))
+    for seen in (whole, blind):
+        told = predictors(found, drawn.predictions, "strength", [])[TAUGHT](seen)
+        off = np.where(mask, told - 0.7 * said - good[:, None], np.nan)[:, 3]
+        assert np.nanstd(off) < 1e-9
+    assert np.nanstd(np.where(mask, 0.7 * said - good[:, None], np.nan)[:, 3]) > 0.5
 
 
 def test_a_good_prediction_is_found_good(result):
