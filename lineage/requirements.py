@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lineage.transfer_records import ORACLES, PREDICTED, Bar, Comparison, Control, FalsePositives, Score
+from lineage.transfer_records import PREDICTED, Bar, Comparison, Control, FalsePositives, Score, rivals
 
 SHARE = "tau as a share of what a perfect predictor would reach"
 MOST_REGRET, MOST_FALSE = 0.02, 0.07
@@ -19,9 +19,7 @@ def requirements(
     yield _at_least(f"must: strength, {SHARE}", strength and strength.strict_share, 0.7)
     yield _at_least(f"aim: strength, {SHARE}", strength and strength.strict_share, 0.85)
     yield _at_most("must: median regret over worlds, in lift", lost and lost.median, MOST_REGRET)
-    yield from _rivals(
-        [c for c in comparisons if (c.of, c.figure) == ("strength", "tau") and c.baseline not in ORACLES]
-    )
+    yield from _rivals(rivals(comparisons))
     yield _at_least(f"must: retention, {SHARE}", kept and kept.strict_share, 0.6)
     for c in controls:
         yield Bar(f"must: {c.name}, lift", c.lift, f"below half of {c.true_lift:.3g}", c.fails)

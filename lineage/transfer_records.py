@@ -182,6 +182,11 @@ class Comparison:
     p: float | None
 
 
+def rivals(found: Iterable[Comparison]) -> list[Comparison]:
+    """The prediction of strength against what has seen no answers, in the order of bases."""
+    return [c for c in found if (c.of, c.figure) == ("strength", "tau") and c.baseline not in ORACLES]
+
+
 @dataclass(frozen=True)
 class Control:
     """What must fail, over worlds: mean lift with interval beside that of true pairs within the same columns."""

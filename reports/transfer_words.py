@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lineage.transfer_records import (
     CONTRADICTED,
     NOT_TESTABLE,
-    ORACLES,
     PREDICTED,
     SUPPORTED,
     UNDECIDED,
@@ -16,6 +15,7 @@ from lineage.transfer_records import (
     Hypothesis,
     Score,
     TransferResult,
+    rivals,
 )
 from reports.wording import count, percent
 
@@ -74,9 +74,7 @@ def _share(result: TransferResult) -> str | None:
 
 def _rivals(result: TransferResult) -> str | None:
     """Against the strongest plain baseline; oracles have seen answers and are no rivals."""
-    ranks = (c for c in result.statistics.comparisons if (c.of, c.figure) == ("strength", "tau"))
-    rivals = [c for c in ranks if c.baseline not in ORACLES]
-    best = min(rivals, key=lambda c: c.difference, default=None)
+    best = min(rivals(result.statistics.comparisons), key=lambda c: c.difference, default=None)
     return None if best is None else f"{_compared(best)}."
 
 
