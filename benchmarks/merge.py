@@ -1,12 +1,12 @@
 """`lineage merge` against sd-mecha and a load-all script, all in one run.
 
-    python benchmarks/merge.py [--cases pair,chain,sdxl,ckpt] [--rounds 3] [--models 7] [--cold]
+    python benchmarks/merge.py [--cases pair,chain,sdxl,ckpt] [--rounds 3] [--models 7] [--cached]
 
 Makes float16 checkpoints with the names and shapes of SD1.5 (2.1 GB) and SDXL (6.9 GB) in benchmarks/data, times whole
 commands, each with the `sync` that follows it, best of the rounds, and prints a table in Markdown. `limit` reads the
-inputs, copies an output and syncs. `--cold`: the inputs are dropped from the page cache before every run, so they come
-from the disk, as models that were not just used do. `inputs known`: files that an earlier run has hashed are not hashed
-again. Peak memory is RssAnon, read from /proc. Linux only.
+inputs, copies an output and syncs. The inputs are dropped from the page cache before every run, so they come from the
+disk, as models that were not just used do; `--cached`: they are not. `inputs known`: files that an earlier run has
+hashed are not hashed again. Peak memory is RssAnon, read from /proc. Linux only.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def forget(files: list[Path]) -> None:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def race(case: str, files: list[Path], container: str, rounds: int, *, cold: bool) -> None:
+def race(case: str, files: list[Path], container: str, rounds: int, *, cached: bool) -> None:
     """Best of the rounds, contenders taking turns; prints rows of the table."""
     best: dict[str, tuple[float, float]] = {}
     for _ in range(rounds):
         for name, command in commands(files, container):
             shutil.rmtree(OUT, ignore_errors=True)
             OUT.mkdir(parents=True)
-            if cold:
+            if not cached:
                 forget(files)
             seconds, peak = timed(command)
             print(f"{case}: {name}: {seconds:.1f} s", file=sys.stderr)
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--cases", default="pair,chain,sdxl,ckpt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", type=int, default=7, help="files of the chain")
-    parser.add_argument("--cold", action="store_true", help="inputs come from the disk")
+    parser.add_argument("--cached", action="store_true", help="inputs stay in the page cache")
     args = parser.parse_args()
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
@@ -175,15 +175,19 @@ def main() -> None:
     if {"pair", "ckpt"} & set(cases):
         pair = [make("sd1", f"merge-{i}", i) for i in range(2)]
     if "pair" in cases:
-        race("two SD1.5", pair, "safetensors", args.rounds, cold=args.cold)
+        race("two SD1.5", pair, "safetensors", args.rounds, cached=args.cached)
     if "ckpt" in cases:
-        race("two SD1.5, .ckpt out", pair, "ckpt", args.rounds, cold=args.cold)
+        race("two SD1.5, .ckpt out", pair, "ckpt", args.rounds, cached=args.cached)
     if "chain" in cases:
         chain = [make("sd1", f"merge-{i}", i) for i in range(args.models)]
-        race(f"chain of {args.models - 1} lines", chain, "safetensors", args.rounds, cold=args.cold)
+        race(f"chain of {args.models - 1} lines", chain, "safetensors", args.rounds, cached=args.cached)
     if "sdxl" in cases:
         race(
-            "two SDXL", [make("sdxl", f"merge-xl-{i}", i) for i in range(2)], "safetensors", args.rounds, cold=args.cold
+            "two SDXL",
+            [make("sdxl", f"merge-xl-{i}", i) for i in range(2)],
+            "safetensors",
+            args.rounds,
+            cached=args.cached,
         )
     if "pair" in cases:
         check(pair)

@@ -24,8 +24,9 @@ from lineage.errors import FileError
 from lineage.plan import Call, Entry, Leaf, Node, Table
 from lineage.writer import Writer
 
-PIECE = 1 << 20  # bytes: smaller ones cost Python's time, larger ones leave the processor's cache
-SAMPLE_ROW, SAMPLE_EVERY, SAMPLE_ALL_BELOW = 4096, 16, 1 << 16
+PIECE = 1 << 22  # bytes: smaller ones cost Python's time, larger ones memory
+SAMPLE_LEAST, SAMPLE_EVERY = 4096, 64  # fewest entries of a piece to compare with the originals; else one in so many
+WORKERS = max(2, min(8, os.cpu_count() or 2))
 _AHEAD = 3  # pieces waiting per worker
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -48,11 +49,25 @@ class Output:
     norm: dict[tuple[int, str], float] = field(default_factory=dict)  # (input, key) -> sum of squares
 
 
-class _Piece(NamedTuple):
+@dataclass(frozen=True)
+class _Key:
+    """A key to be written, and all that its pieces have in common: its size in entries, its entry in each output (None:
+    not in it), the inputs that it is compared with there, and how often each node is needed. whole: not in pieces."""
+
     name: str
+    size: int
+    entries: Sequence[Entry | None]
+    compared: Sequence[Mapping[int, Leaf]]
+    uses: Mapping[Node, int]
+    whole: bool
+
+
+class _Piece(NamedTuple):
+    """The entries of a key from `start` to `stop`, flat."""
+
+    key: _Key
     start: int
     stop: int
-    whole: bool
 
 
 class _Written(NamedTuple):
@@ -65,41 +80,54 @@ def stream(
 ) -> None:
     """Compute every key of every output in one pass and hand it to the output's writer."""
     names = list(dict.fromkeys(name for output in outputs for name in output.writer.order))
+    keys, done = (_key(name, outputs) for name in names), 0
     whole_tensor = Lock()  # one whole tensor at a time: they can be large
 
     def compute(piece: _Piece) -> list[_Written | None]:
-        with whole_tensor if piece.whole else nullcontext():
-            values = _Values(piece, readers, [o.entries[piece.name].node for o in outputs if piece.name in o.entries])
-            return [_result(output, piece, values) for output in outputs]
+        with whole_tensor if piece.key.whole else nullcontext():
+            values = _Values(piece, readers)
+            return [_result(piece, i, values) for i in range(len(outputs))]
 
-    with _single_threaded_torch(), ThreadPoolExecutor(_workers()) as pool:
-        done = {name: i for i, name in enumerate(names, 1)}
-        for piece, results in _in_order(pool, compute, _pieces(names, outputs)):
+    with _single_threaded_torch(), ThreadPoolExecutor(WORKERS) as pool:
+        for piece, results in _in_order(pool, compute, (p for key in keys for p in _pieces(key))):
             for output, result in zip(outputs, results, strict=True):
                 if result is not None:
-                    output.writer.put(piece.name, result.tensor)
-                    _add(output, piece.name, result.change)
-            if progress and piece.stop == _size(piece.name, outputs):
-                progress(done[piece.name], len(names), piece.name)
+                    output.writer.put(piece.key.name, result.tensor)
+                    _add(output, piece.key.name, result.change)
+            done += piece.stop == piece.key.size
+            if progress and piece.stop == piece.key.size:
+                progress(done, len(names), piece.key.name)
 
 
-def _result(output: Output, piece: _Piece, values: _Values) -> _Written | None:
-    entry = output.entries.get(piece.name)
+def _key(name: str, outputs: Sequence[Output]) -> _Key:
+    entries = [o.entries.get(name) for o in outputs]
+    nodes = [e.node for e in entries if e]
+    compared = [_compared(o.originals, name, e) if e else {} for o, e in zip(outputs, entries, strict=True)]
+    return _Key(name, prod(nodes[0].shape), entries, compared, _uses(nodes), any(n.whole for n in nodes))
+
+
+def _compared(originals: Mapping[int, Table], name: str, entry: Entry) -> dict[int, Leaf]:
+    """The inputs' own tensors of that name, where they are numbers of the same shape."""
+    leaves = {i: own[name].node for i, own in originals.items() if name in own and entry.dtype.is_floating_point}
+    return {i: leaf for i, leaf in leaves.items() if isinstance(leaf, Leaf) and leaf.shape == entry.node.shape}
+
+
+def _result(piece: _Piece, i: int, values: _Values) -> _Written | None:
+    entry = piece.key.entries[i]
     if entry is None:
         return None
     tensor = values.of(entry.node).to(entry.dtype)
-    leaves = {i: own[piece.name].node for i, own in output.originals.items() if piece.name in own}
-    alike = {i: leaf for i, leaf in leaves.items() if isinstance(leaf, Leaf) and leaf.shape == entry.node.shape}
-    compared = alike if tensor.is_floating_point() else {}
-    return _Written(tensor, {i: _change(tensor, values.sample(leaf)) for i, leaf in compared.items()})
+    ours, compared = _sample(tensor.reshape(-1)).float(), piece.key.compared[i]
+    scale = tensor.numel() / max(1, ours.numel())
+    return _Written(tensor, {n: _change(ours, values.sample(leaf), scale) for n, leaf in compared.items()})
 
 
 class _Values:
     """Values of nodes on one piece, each computed once and held until its last use; of inputs a sample remains."""
 
-    def __init__(self, piece: _Piece, readers: Sequence[Reader], roots: Sequence[Node]):
+    def __init__(self, piece: _Piece, readers: Sequence[Reader]):
         self._piece, self._readers = piece, readers
-        self._uses = _uses(roots)
+        self._uses = dict(piece.key.uses)
         self._known: dict[Node, Tensor] = {}
         self._samples: dict[Leaf, Tensor] = {}
 
@@ -124,10 +152,10 @@ class _Values:
         return self._samples[leaf]
 
     def _read(self, leaf: Leaf) -> Tensor:
-        start, stop = (0, prod(leaf.shape)) if self._piece.whole else (self._piece.start, self._piece.stop)
-        flat = self._readers[leaf.model].read(leaf.stored, start, stop)
-        self._samples[leaf] = _sample(flat).clone()
-        return flat.reshape(leaf.shape) if self._piece.whole else flat
+        key, start, stop = self._piece
+        flat = self._readers[leaf.model].read(leaf.stored, start, prod(leaf.shape) if key.whole else stop)
+        self._samples[leaf] = _sample(flat).float()
+        return flat.reshape(leaf.shape) if key.whole else flat
 
     def _call(self, node: Call) -> Tensor:
         result = node.function(*(self._known[n] for n in node.inputs))
@@ -150,21 +178,12 @@ def _uses(roots: Iterable[Node]) -> Counter[Node]:
     return uses
 
 
-def _pieces(names: Iterable[str], outputs: Sequence[Output]) -> Iterator[_Piece]:
+def _pieces(key: _Key) -> Iterator[_Piece]:
     """Flat ranges, smaller where many outputs are made at once."""
-    for name in names:
-        nodes = [o.entries[name].node for o in outputs if name in o.entries]
-        size = prod(nodes[0].shape)
-        if any(n.whole for n in nodes):
-            yield _Piece(name, 0, size, True)
-        else:
-            length = max(PIECE // len(outputs) // max(n.dtype.itemsize for n in nodes), SAMPLE_ROW)
-            for start in range(0, max(size, 1), length):
-                yield _Piece(name, start, min(start + length, size), False)
-
-
-def _size(name: str, outputs: Sequence[Output]) -> int:
-    return prod(next(o.entries[name] for o in outputs if name in o.entries).node.shape)
+    widest = max(e.node.dtype.itemsize for e in key.entries if e)
+    length = key.size if key.whole else max(PIECE // len(key.entries) // widest, SAMPLE_LEAST)
+    for start in range(0, max(key.size, 1), max(length, 1)):
+        yield _Piece(key, start, min(start + length, key.size))
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[tuple[_T, _R]]:
@@ -173,7 +192,7 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Ite
     try:
         for item in items:
             waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > _AHEAD * _workers():
+            if len(waiting) > _AHEAD * WORKERS:
                 first, future = waiting.popleft()
                 yield first, future.result()
         while waiting:
@@ -182,10 +201,6 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Ite
     finally:
         for _, future in waiting:
             future.cancel()
-
-
-def _workers() -> int:
-    return max(2, min(8, os.cpu_count() or 2))
 
 
 @contextmanager
@@ -199,20 +214,14 @@ def _single_threaded_torch() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _change(out: Tensor, original: Tensor) -> tuple[float, float]:
-    """(||out - original||^2, ||original||^2) over the entries that `_sample` gave of the original, scaled to all."""
-    a, b = _sample(out).float(), original.float()
-    scale = out.numel() / max(1, a.numel())
-    return float((a - b).square().sum()) * scale, float(b.square().sum()) * scale
+def _change(ours: Tensor, original: Tensor, scale: float) -> tuple[float, float]:
+    """(||ours - original||^2, ||original||^2), scaled from the entries of a sample to all."""
+    return float((ours - original).square_().sum()) * scale, float(original.square().sum()) * scale
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    """All entries of a small tensor, else every 16th row of 4096."""
-    flat = tensor.reshape(-1)
-    if flat.numel() < SAMPLE_ALL_BELOW:
-        return flat
-    rows = flat.numel() // SAMPLE_ROW
-    return flat[: rows * SAMPLE_ROW].view(rows, SAMPLE_ROW)[::SAMPLE_EVERY]
+def _sample(flat: Tensor) -> Tensor:
+    """The first part of a piece, but at least SAMPLE_LEAST entries, or all there are."""
+    return flat[: max(SAMPLE_LEAST, flat.shape[0] // SAMPLE_EVERY)]
 
 
 def _add(output: Output, name: str, change: Mapping[int, tuple[float, float]]) -> None:
