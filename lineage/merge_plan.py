@@ -106,7 +106,7 @@ def _result_warnings(plan: Plan, i: int) -> Iterator[str]:
     if total > BLOW_UP:
         yield f"{name}: the |coefficients| sum to {total:g}: differences are amplified, a blow-up is likely."
     if unhalved:
-        yield f"{name}: fp16 is asked, but {unhalved} keys stay in single precision, because they are not merged."
+        yield f"{name}: fp16 is asked, but keys that are not merged stay in single precision ({unhalved})."
 
 
 def _prediction_warnings(plan: Plan, i: int) -> Iterator[str]:

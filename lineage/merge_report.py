@@ -111,6 +111,6 @@ def overflow_warnings(plan: Plan, i: int, written: Output) -> Iterator[str]:
     bad = {name for (j, name), moved in written.moved.items() if finite[j, name] and not isfinite(moved)}
     if bad:
         yield (
-            f"{plan.recipe.steps[i].name}: {len(bad)} tensors hold infinite or undefined weights, "
+            f"{plan.recipe.steps[i].name}: infinite or undefined weights in {len(bad)} of its tensors, "
             f"{min(bad)} for one: a coefficient is too large for the dtype."
         )
