@@ -103,21 +103,22 @@ def _quantised(kin: Kin, core: list[int], found: Ancestry, chosen: Thresholds) -
     d = unmerge.distances(kin.g)
     for child, (relation, words) in sorted(flagged.items()):
         near = sorted(left, key=lambda p: (d[p, child], p))
-        if relation == "pruned":
-            near = _pruned_from(kin, child, near, chosen)
         confidence = _margin(d[near[0], child], d[near[1], child]) if len(near) > 1 else 0.7
-        found.links.append(Link(near[0], child, relation, max(0.6, confidence), (words,)))
-        found.derived[child] = near[0]
+        parent = near[0]
+        if relation == "pruned" and (keeps := _keeps(kin, child, near, chosen)) is not None:
+            parent, confidence = keeps, 0.97
+        found.links.append(Link(parent, child, relation, max(0.6, confidence), (words,)))
+        found.derived[child] = parent
     return left
 
 
-def _pruned_from(kin: Kin, child: int, near: list[int], chosen: Thresholds) -> list[int]:
-    """The nearest models, first the one whose entries are the child's wherever those are not 0."""
-    own = kin.models[child]
+def _keeps(kin: Kin, child: int, near: list[int], chosen: Thresholds) -> int | None:
+    """The nearest model whose entries are the child's wherever those are not 0; None where there is none."""
+    own, names = kin.models[child], list(kin.matrices)
     if own is None:
-        return near
-    same = {p: copies.prunes(own, m, list(kin.matrices)) for p in near[: chosen.neighbours] if (m := kin.models[p])}
-    return sorted(near, key=lambda p: -same.get(p, 0.0))
+        return None
+    held = ((p, kin.models[p]) for p in near[: chosen.neighbours])
+    return next((p for p, m in held if m is not None and copies.prunes(own, m, names) > chosen.kept), None)
 
 
 def _margin(first: float, second: float) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lineage.fingerprint import Fingerprint, TensorPrint
+from lineage.whitening import sampled
 
 ROWS = 64  # of a matrix that are looked at
 GRIDS = {"int8": (127, 255), "int4": (7, 15)}  # levels: symmetric around 0, and from least to largest
@@ -145,10 +146,11 @@ def quantised(model: Mapping[str, Tensor], p: Fingerprint, least: float = 0.5) -
 
 
 def prunes(child: Mapping[str, Tensor], parent: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    """Share of the entries of `names` at which the child is exactly zero or the parent rounded to the child's dtype."""
+    """Share of the entries of `names`, evenly spread, at which the child is exactly zero or the parent rounded to the
+    child's dtype."""
     same = total = 0
     for name in names:
-        c, p = child[name], parent[name]
+        c, p = sampled(child[name]), sampled(parent[name])
         same += int(((c == 0) | (c == p.to(c.dtype))).sum())
         total += c.numel()
     return same / total if total else 0.0

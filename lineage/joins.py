@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lineage import unmerge
+from lineage import copies, unmerge
 from lineage.cluster_result import Evidence
+from lineage.graph import ancestors
 from lineage.kin import Ancestry, Kin, Link, Merged
 from lineage.partial import (
     Kept,
@@ -42,21 +44,49 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
     they were. The models that are left."""
     for coarse in (1.0, chosen.half):
         every = [r for child in _left(core, found) for r in _readings(kin, core, child, coarse, chosen)]
-        every = [r for r in every if not _read_already(found, r)]
+        every = _made_last(kin, [r for r in every if not _read_already(kin, found, r)])
         for _, reading in sorted(unmerge.resolve(every, kin.g, core, chosen).items()):
             record(found, _described(kin, reading, seed, chosen))
     for child in _left(core, found):
-        reading = _crowd(kin, _left(core, found), child, chosen)
-        if reading and not _read_already(found, reading):
+        reading = _crowd(kin, core, _left(core, found), child, chosen)
+        if reading and not _read_already(kin, found, reading):
             record(found, _described(kin, reading, seed, chosen))
     for child in _left(core, found):
         near = _nearest(kin.g, child, [i for i in core if i != child])
         if len(near) > 1 and _visible(kin, child, near, 1.0, chosen):
             ways = (_by_tensor, _interpolated, _sparse)
             merged = next((m for way in ways if (m := way(kin, child, near, chosen))), None)
-            if merged and not _read_already(found, merged.reading):
+            if merged and not _read_already(kin, found, merged.reading):
                 record(found, merged)
     return _left(core, found)
+
+
+def _made_last(kin: Kin, every: Sequence[Reading]) -> list[Reading]:
+    """Without add-differences that are better read from another end: a + w (b - c) = m is also a reading of a, but only
+    the one that was made last is what rounding the sum to its dtype gives, wherever their exponents differ."""
+    ends: dict[tuple[frozenset[int], float], list[Reading]] = {}
+    for r in every:
+        if not r.convex:
+            ends.setdefault((r.members, copies.precision(kin.prints[r.child])), []).append(r)
+    shares = {r: _replayed(kin, r) for same in ends.values() if len(same) > 1 for r in same}
+    worse = {r for same in ends.values() for r in same if r in shares and shares[r] < max(shares[s] for s in same)}
+    return [r for r in every if r not in worse]
+
+
+def _replayed(kin: Kin, reading: Reading) -> float:
+    """Share of the child's entries that its parents give exactly, at the fitted weights or at these as recipes write
+    them, with three decimals; 0 where the files are not to be read."""
+    held = _held(kin, (reading.child, *reading.parents))
+    if held is None:
+        return 0.0
+    same, total = np.zeros(2), 0
+    for name in (*kin.matrices, *kin.vectors):
+        child, *parents = (sampled(m[name]) for m in held)
+        for i, weights in enumerate((reading.weights, [round(w, 3) for w in reading.weights])):
+            made = sum(w * p.double() for w, p in zip(weights, parents, strict=True))
+            same[i] += int((torch.as_tensor(made).to(child.dtype) == child).sum())
+        total += child.numel()
+    return float(same.max()) / max(1, total)
 
 
 def _left(core: Sequence[int], found: Ancestry) -> list[int]:
@@ -77,10 +107,11 @@ def _readings(kin: Kin, core: Sequence[int], child: int, coarse: float, chosen: 
     return unmerge.readings(kin.g, limit, kin.entries, child, pool, chosen)
 
 
-def _crowd(kin: Kin, core: Sequence[int], child: int, chosen: Thresholds) -> Reading | None:
-    """The exact reading of a model as a merge of many that are no merges themselves."""
-    pool, limit = [i for i in core if i != child], _limit(kin, child, 1.0, chosen)
-    if len(pool) < 3 or not _visible(kin, child, pool, 1.0, chosen):
+def _crowd(kin: Kin, core: Sequence[int], left: Sequence[int], child: int, chosen: Thresholds) -> Reading | None:
+    """The exact reading of a model as a merge of many that are no merges themselves (`left`); what comes near a merge
+    of theirs descends from that."""
+    pool, limit = [i for i in left if i != child], _limit(kin, child, 1.0, chosen)
+    if len(pool) < 3 or not _visible(kin, child, [i for i in core if i != child], 1.0, chosen):
         return None
     known = _dependent(kin.g, limit, child, pool, chosen)
     return unmerge.crowd(kin.g, limit, kin.entries, child, pool, chosen) if known else None
@@ -153,9 +184,18 @@ def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 24) -> list
     return [pool[i] for i in order[:count]]
 
 
-def _read_already(found: Ancestry, reading: Reading) -> bool:
-    """Whether the same models are already one merge, read from another end."""
-    return any(reading.members <= m.reading.members or m.reading.members <= reading.members for m in found.merges)
+def _read_already(kin: Kin, found: Ancestry, reading: Reading) -> bool:
+    """Whether a parent was made of the child, or the same models, or such as are no farther from them than the reading
+    is from the child, are already one merge, read from another end."""
+    above = {m.reading.child: m.reading.parents for m in found.merges}
+
+    def within(few: Collection[int], many: Collection[int]) -> bool:
+        return all(unmerge.from_one(kin.g, i, sorted(many)).min() <= reading.floor for i in few)
+
+    known = (m.reading.members for m in found.merges)
+    return any(reading.child in ancestors(above, p) for p in reading.parents) or any(
+        within(reading.members, members) or within(members, reading.members) for members in known
+    )
 
 
 def record(found: Ancestry, merged: Merged) -> None:

@@ -44,7 +44,10 @@ class Thresholds:
     partial_pool: int = 64  # nearest models of which all pairs are tried for that
     partial_gain: float = 0.85  # the same of a merge with an unseen parent
     steady: float = 5.0  # by which one weight for all blocks fits better than a path does
-    neighbours: int = 8  # nearest models that are read exactly for one that may be a derived copy
+    neighbours: int = (
+        64  # nearest models, from one of which a pruned file may come: what was cut hides which is nearest
+    )
+    kept: float = 0.999  # of the entries of a pruned file that are 0 or its parent's
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence

@@ -177,3 +177,51 @@ def test_old_hashes_name_a_parent(tmp_path):
     (own,) = (e for e in found.edges if e.child == "z")
     assert (own.parent, own.directed) == ("y", True)
     assert "metadata" in {e.source for e in own.evidence}
+
+
+def test_what_a_pruned_file_keeps_tells_its_parent_though_others_are_nearer(tmp_path):
+    a = kin.root(1)
+    found = {"a": a, "parent": kin.tune({k: 1.03 * w for k, w in a.items()}, 2, 0.01)}
+    found |= {f"near{i}": kin.tune({k: 0.97 * w for k, w in a.items()}, 3 + i, 0.01) for i in range(9)}
+    found["pruned"] = kin.half(kin.prune(found["parent"], 0.5))
+    result = lineage.cluster(kin.save(found, tmp_path / "models"), cache=tmp_path / "cache")
+    assert ("parent", "pruned", "pruned") in edges(result)
+    far = {k: float((w.float() - found["pruned"][k].float()).square().sum()) for k, w in found["parent"].items()}
+    near = {k: float((w.float() - found["pruned"][k].float()).square().sum()) for k, w in found["near0"].items()}
+    assert sum(near.values()) < sum(far.values())
+
+
+def merges(found: dict[str, kin.Weights], folder) -> dict[str, set[str]]:
+    """Child -> parents of what is read as a merge."""
+    result = lineage.cluster(kin.save(found, folder / "models"), cache=folder / "cache")
+    return {m.child: {p.name for p in m.parents} for m in result.merges}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_add_difference_is_read_from_the_end_that_was_made_last(tmp_path, seed):
+    a = kin.root(seed)
+    found = {"a": a, "b": kin.tune(a, 10 + seed), "c": kin.tune(a, 20 + seed, 0.02)}
+    beyond = kin.mix(
+        {"b": 1.3, "c": -0.3}, found
+    )  # so that the merge lies nearer to the others than what it is made of
+    found["x"] = kin.tune(beyond, 30 + seed, 0.01)
+    found["m"] = {k: found["x"][k] + 0.3 * (found["c"][k] - found["b"][k]) for k in a}
+    assert merges(found, tmp_path) == {"m": {"x", "c", "b"}}
+
+
+def test_what_went_into_a_merge_is_not_made_of_it_by_way_of_another(tmp_path):
+    a = kin.root(1)
+    found = {"a": a, "s": kin.tune(a, 2), "x": kin.tune(a, 3, 0.02), "y": kin.tune(a, 4)}
+    found["c"] = kin.half(kin.mix({"a": 0.7, "s": 0.3}, found))
+    found["m"] = kin.half(
+        kin.mix({"x": 1, "s": 0.3, "c": -0.3}, found | {"c": {k: w.float() for k, w in found["c"].items()}})
+    )
+    assert merges(found, tmp_path) == {"c": {"a", "s"}, "m": {"x", "s", "c"}}
+
+
+def test_what_descends_from_a_merge_is_not_taken_for_it(tmp_path):
+    a = kin.root(1)
+    found = {"a": a, "b": kin.tune(a, 2), "c": kin.tune(a, 3), "d": kin.tune(a, 4)}
+    found["m"] = {k: found["b"][k] + 0.5 * (found["c"][k] - found["d"][k]) for k in a}
+    found["x"] = kin.half(kin.tune(found["m"], 5, 2e-4))
+    assert merges(found, tmp_path) == {"m": {"b", "c", "d"}}
