@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lineage import copies, unmerge
+from lineage import unmerge
 from lineage.cluster_result import Evidence
-from lineage.graph import ancestors
+from lineage.ends import made_last, read_already
 from lineage.kin import Ancestry, Kin, Link, Merged
 from lineage.partial import (
     Kept,
@@ -44,49 +42,21 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
     they were. The models that are left."""
     for coarse in (1.0, chosen.half):
         every = [r for child in _left(core, found) for r in _readings(kin, core, child, coarse, chosen)]
-        every = _made_last(kin, [r for r in every if not _read_already(kin, found, r)])
+        every = made_last(kin, [r for r in every if not read_already(kin, found, r)])
         for _, reading in sorted(unmerge.resolve(every, kin.g, core, chosen).items()):
             record(found, _described(kin, reading, seed, chosen))
     for child in _left(core, found):
         reading = _crowd(kin, core, _left(core, found), child, chosen)
-        if reading and not _read_already(kin, found, reading):
+        if reading and not read_already(kin, found, reading):
             record(found, _described(kin, reading, seed, chosen))
     for child in _left(core, found):
         near = _nearest(kin.g, child, [i for i in core if i != child])
         if len(near) > 1 and _visible(kin, child, near, 1.0, chosen):
             ways = (_by_tensor, _interpolated, _sparse)
             merged = next((m for way in ways if (m := way(kin, child, near, chosen))), None)
-            if merged and not _read_already(kin, found, merged.reading):
+            if merged and not read_already(kin, found, merged.reading):
                 record(found, merged)
     return _left(core, found)
-
-
-def _made_last(kin: Kin, every: Sequence[Reading]) -> list[Reading]:
-    """Without add-differences that are better read from another end: a + w (b - c) = m is also a reading of a, but only
-    the one that was made last is what rounding the sum to its dtype gives, wherever their exponents differ."""
-    ends: dict[tuple[frozenset[int], float], list[Reading]] = {}
-    for r in every:
-        if not r.convex:
-            ends.setdefault((r.members, copies.precision(kin.prints[r.child])), []).append(r)
-    shares = {r: _replayed(kin, r) for same in ends.values() if len(same) > 1 for r in same}
-    worse = {r for same in ends.values() for r in same if r in shares and shares[r] < max(shares[s] for s in same)}
-    return [r for r in every if r not in worse]
-
-
-def _replayed(kin: Kin, reading: Reading) -> float:
-    """Share of the child's entries that its parents give exactly, at the fitted weights or at these as recipes write
-    them, with three decimals; 0 where the files are not to be read."""
-    held = _held(kin, (reading.child, *reading.parents))
-    if held is None:
-        return 0.0
-    same, total = np.zeros(2), 0
-    for name in (*kin.matrices, *kin.vectors):
-        child, *parents = (sampled(m[name]) for m in held)
-        for i, weights in enumerate((reading.weights, [round(w, 3) for w in reading.weights])):
-            made = sum(w * p.double() for w, p in zip(weights, parents, strict=True))
-            same[i] += int((torch.as_tensor(made).to(child.dtype) == child).sum())
-        total += child.numel()
-    return float(same.max()) / max(1, total)
 
 
 def _left(core: Sequence[int], found: Ancestry) -> list[int]:
@@ -184,20 +154,6 @@ def _nearest(g: Array, child: int, pool: Sequence[int], count: int = 24) -> list
     return [pool[i] for i in order[:count]]
 
 
-def _read_already(kin: Kin, found: Ancestry, reading: Reading) -> bool:
-    """Whether a parent was made of the child, or the same models, or such as are no farther from them than the reading
-    is from the child, are already one merge, read from another end."""
-    above = {m.reading.child: m.reading.parents for m in found.merges}
-
-    def within(few: Collection[int], many: Collection[int]) -> bool:
-        return all(unmerge.from_one(kin.g, i, sorted(many)).min() <= reading.floor for i in few)
-
-    known = (m.reading.members for m in found.merges)
-    return any(reading.child in ancestors(above, p) for p in reading.parents) or any(
-        within(reading.members, members) or within(members, reading.members) for members in known
-    )
-
-
 def record(found: Ancestry, merged: Merged) -> None:
     """Add a merge and a link from each of its parents; links show weights where these have an interval."""
     found.merges.append(merged)
@@ -236,8 +192,8 @@ def _described(kin: Kin, reading: Reading, seed: int, chosen: Thresholds) -> Mer
 def _certified(kin: Kin, reading: Reading) -> tuple[Reading, Array]:
     """The reading fitted anew in float64, and inner products (parts, k, k) of the child and its parents."""
     members = [reading.child, *reading.parents]
-    models = [m for m in (kin.models[i] for i in members) if m is not None]
-    if len(models) < len(members):
+    models = kin.held(members)
+    if models is None:
         return reading, kin.table[np.ix_(range(len(kin.table)), members, members)]
     table = tensor_table(models, [*kin.matrices, *kin.vectors])
     weights, residual = unmerge.affine(table.sum(0), 0, np.arange(1, len(members))[None])
@@ -275,19 +231,13 @@ def _reading(kin: Kin, m: Mixture) -> Reading:
     return Reading(m.child, (m.a, m.b), (1 - m.weight, m.weight), m.residual, own, floor)
 
 
-def _held(kin: Kin, members: Sequence[int]) -> list[Mapping[str, Tensor]] | None:
-    """The members' tensors, None where some cannot be read again."""
-    models = [m for m in (kin.models[i] for i in members) if m is not None]
-    return models if len(models) == len(members) else None
-
-
 def _by_tensor(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Merged | None:
     """A pair of which the child is an exact mixture with a weight from 0 to 1 for each block, or else each tensor."""
     own = 3 * chosen.merge_ratio * float(kin.rounding[child])
     names = [*kin.matrices, *kin.vectors]
     for m in mixtures(kin.table, child, near, by_block=True)[: chosen.certified]:
         weights, blocks = dict(zip(kin.blocks, m.weights, strict=True)), True
-        held = _held(kin, (child, m.a, m.b)) if m.residual > own else None
+        held = kin.held((child, m.a, m.b)) if m.residual > own else None
         if held:
             weights, residual = tensor_weights(held, names)
             m, blocks = replace(m, residual=residual), False
@@ -304,7 +254,7 @@ def _sparse(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Me
     """A base and two of its kin, of both of which whole entries are in the child at one and the same weight: TIES keeps
     the largest changes (Yadav et al. 2023), DARE random ones (Yu et al. 2024)."""
     near = near[: chosen.merge_pool]
-    held = _held(kin, [child, *near])
+    held = kin.held([child, *near])
     if len(near) < 3 or held is None:
         return None
     sets = unmerge.subsets(near, 3)

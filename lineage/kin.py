@@ -50,6 +50,11 @@ class Kin:
     def g(self) -> Array:
         return self.table.sum(0)
 
+    def held(self, members: Sequence[int]) -> list[Mapping[str, Tensor]] | None:
+        """The members' tensors, None where some cannot be read again."""
+        models = [m for m in (self.models[i] for i in members) if m is not None]
+        return models if len(models) == len(members) else None
+
     def __len__(self) -> int:
         return len(self.prints)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 ROOT = {"centrality": 2.31, "degree": 0.38, "turns": 1.99, "growth": 1.29, "known": 1.0}
 
 MERGE_TRUST = {
-    "weighted_sum": 0.98, "add_difference": 0.8, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
+    "weighted_sum": 0.98, "add_difference": 0.97, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
     "unknown": 0.67,
 }  # fmt: skip
 
@@ -44,14 +44,12 @@ class Thresholds:
     partial_pool: int = 64  # nearest models of which all pairs are tried for that
     partial_gain: float = 0.85  # the same of a merge with an unseen parent
     steady: float = 5.0  # by which one weight for all blocks fits better than a path does
-    neighbours: int = (
-        64  # nearest models, from one of which a pruned file may come: what was cut hides which is nearest
-    )
+    neighbours: int = 64  # nearest models, from one of which a pruned file may come; what was cut blurs the distances
     kept: float = 0.999  # of the entries of a pruned file that are 0 or its parent's
     zero_share: float = 0.05  # of exact zeros in matrices, above which a file may be pruned
     low_rank: float = 0.5  # of the short side, below which an increment counts as a baked adapter
     root: Mapping[str, float] = field(default_factory=lambda: dict(ROOT))  # log-odds of a root per unit of evidence
-    trust: tuple[float, float, float] = (3.03, 0.2, -0.84)  # log-odds of an edge: at 0, per log gap, per joined
+    trust: tuple[float, float, float] = (3.48, 0.25, -1.11)  # log-odds of an edge: at 0, per log gap, per joined
     merges: Mapping[str, float] = field(default_factory=lambda: dict(MERGE_TRUST))  # confidence in a merge by method
     metadata: float = 3.0  # log-odds of an order of two models that a file declares
     dates: float = 50.0  # the same, that dates prove
