@@ -131,6 +131,18 @@ class Design:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """An adapter that could not be trained: its loss stopped being a number."""
+
+    world: str
+    target: str
+    base: str
+    way: str
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Dropped:
     """A column that no strength can be read from: the model's own adapter gained too little there, or is missing.
     headroom: L_Y - L_Y(adapter_Y); error: its standard error."""
@@ -304,6 +316,7 @@ class TransferResult:
     dropped: tuple[Dropped, ...]
     statistics: Statistics
     hypotheses: tuple[Hypothesis, ...]
+    failed: tuple[Failed, ...] = ()
     shown: str | None = None
     runs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

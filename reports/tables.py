@@ -284,6 +284,8 @@ def transfer(result: dict[str, Any], verbosity: int = 0) -> Iterator[Text | Tabl
     yield claims
     if found.dropped:
         yield plain(f"{count(len(found.dropped), 'column')} dropped for want of headroom; result.json names each.")
+    for lost in found.failed:
+        yield plain(f"{lost.world}: {lost.target} on {lost.base}, {lost.way}, seed {lost.seed}: {lost.reason}")
 
 
 TABLES: dict[str, Callable[[dict[str, Any], int], Iterator[Any]]] = {

@@ -336,6 +336,7 @@ def _fold(title: str, rows: Sequence[Sequence[Any]], heads: Sequence[str]) -> Sa
 
 def _rest(result: TransferResult) -> Safe:
     dropped = [(d.world, d.target, d.model, number(d.headroom), number(d.error), d.reason) for d in result.dropped]
+    failed = [(f.world, f.target, f.base, f.way, f.seed, f.reason) for f in result.failed]
     runs = [(r,) for r in result.runs]
     notes = h("ul", [h("li", n) for n in result.notes]) if result.notes else None
     permutation = result.statistics.permutation.get("tau")
@@ -346,6 +347,7 @@ def _rest(result: TransferResult) -> Safe:
           f"Models exchanged within their families are ranked as well with p = {number(permutation)}.", class_="words"),
         notes,
         _fold("Dropped", dropped, ("World", "Target", "Model", "Headroom", "Standard error", "Why")),
+        _fold("Trainings that diverged", failed, ("World", "Target", "Base", "Way", "Seed", "Why")),
         _fold("Ledger of runs", runs, ("Run",)),
         _fold("Settings", [(k, str(x)) for k, x in result.config.items()], ("Name", "Value")),
         class_="rest loose",

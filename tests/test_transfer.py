@@ -21,6 +21,7 @@ from lineage.results import load_json
 from train import cells, judge, measures, topology, transfer
 from train.experiment import Experiment, Lessons, Measures, Worlds
 from train.fit import Plan
+from train.loop import Diverged
 from train.models import open_base
 from train.setups import Way
 
@@ -160,6 +161,25 @@ def test_finished_worlds_alone_can_be_looked_at(done: Path, tmp_path: Path):
     for folder in (again, tmp_path / "other"):
         with pytest.raises(LineageError, match="no world is finished"):
             transfer.transfer_test(two, folder, finished_only=True)
+
+
+def test_a_training_that_diverges_is_a_result_and_the_rest_goes_on(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = shutil.copytree(done, tmp_path / "out")
+    gone = folder / "cells" / next(folder.glob("cells/*")).name / "hina" / "base-1.json"
+    gone.unlink()
+
+    def diverging(config, **options):
+        raise Diverged("The loss of step 2 is nan.")
+
+    monkeypatch.setattr(cells, "train", diverging)
+    for _ in range(2):  # measured, and read again
+        result = transfer.transfer_test(SMALL, folder)
+        (lost,) = result.failed
+        assert (lost.target, lost.base, lost.way, lost.seed) == ("hina", "base", "loha", 1)
+        assert lost.reason == "The loss of step 2 is nan."
+        assert len(result.cells) == len(found(done)) - len(measured(done)[str(gone.relative_to(folder))])
 
 
 def test_confirmatory_worlds_follow_from_predictor_and_settings_alone(monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from lineage.transfer_records import (
     UNDECIDED,
     Comparison,
     Control,
+    Failed,
     Hypothesis,
     Member,
     TransferResult,
@@ -102,6 +103,17 @@ def test_dropped_columns_are_listed(result, folder):
     text = build(json.loads(dumps(replace(result, cells=cells, dropped=dropped))), folder)
     assert "Dropped (1)" in text
     assert dropped[0].reason in text
+
+
+def test_diverged_trainings_are_listed(result, folder, capsys):
+    lost = Failed("world-1", "ink<b>", "BP", "loha, dadaptation", 0, "The loss of step 22 is nan.")
+    failed = replace(result, failed=(lost,))
+    text = build(json.loads(dumps(failed)), folder)
+    assert "Trainings that diverged (1)" in text
+    assert "ink&lt;b&gt;" in text
+    show(to_json(failed), 0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ink<b> on BP, loha, dadaptation, seed 0: The loss of step 22 is nan." in shown
 
 
 def test_a_model_whose_strength_is_dropped_still_shows_its_retention(result, folder):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ from lineage.adapters import Adapter, open_adapter
 from lineage.errors import LineageError
 from lineage.records import restore
 from lineage.results import write_files
-from lineage.transfer_records import NONE, RANDOM, Cell
+from lineage.transfer_records import NONE, RANDOM, Cell, Failed
 from train import measures
 from train.applied import Applied
 from train.config import ModelConfig, SaveConfig
 from train.experiment import Experiment
 from train.folders import Picture
-from train.loop import train
+from train.loop import Diverged, train
 from train.measures import Judge
 from train.models import Base, open_base
 from train.setups import Way, applied_clip_skip, changed
@@ -117,6 +118,17 @@ def _ways(experiment: Experiment) -> list[Way]:
 
 def finished(job: Job) -> list[Cell] | None:
     """The job's cells if they are there. LineageError where they were made after other predictions."""
+    found = _written(job)
+    return None if found is None else [restore(Cell, cell) for cell in found["cells"]]
+
+
+def failed(job: Job) -> Failed | None:
+    """What the job has in place of cells, where its training diverged."""
+    reason = (_written(job) or {}).get("failed")
+    return Failed(job.site.name, job.target, job.base or "", str(job.way), job.seed, reason) if reason else None
+
+
+def _written(job: Job) -> dict[str, Any] | None:
     if not job.file.exists():
         return None
     found = json.loads(job.file.read_text(encoding="utf-8"))
@@ -125,16 +137,19 @@ def finished(job: Job) -> list[Cell] | None:
             f"{job.file}: was measured under other predictions ({found['predictions'][:12]}, not {job.stamp[:12]}). "
             "Name another folder: predictions come before what they predict."
         )
-    return [restore(Cell, cell) for cell in found["cells"]]
+    return found
 
 
 def run(job: Job) -> list[Cell]:
-    """Measure what is not there yet; the result is written whole."""
-    found, began = finished(job), time.monotonic()
+    """Measure what is not there yet; the result is written whole. A training that diverges is a result too."""
+    found, began, told = finished(job), time.monotonic(), {}
     if found is None:
-        found = list(_Bench(job).cells())
+        try:
+            found = list(_Bench(job).cells())
+        except Diverged as e:
+            found, told = [], {"failed": str(e)}
         seconds = round(time.monotonic() - began, 1)
-        told = {"predictions": job.stamp, "seconds": seconds, "cells": [asdict(cell) for cell in found]}
+        told |= {"predictions": job.stamp, "seconds": seconds, "cells": [asdict(cell) for cell in found]}
         job.file.parent.mkdir(parents=True, exist_ok=True)
         write_files(job.file.parent, {job.file.name: json.dumps(told) + "\n"}, force=True)
     return found

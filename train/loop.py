@@ -32,6 +32,10 @@ from train.sheet import image, png
 Progress = Callable[[int, int, str], None]
 
 
+class Diverged(LineageError):
+    """The loss is no number any more."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One optimiser step: its number (from 1) of how many, the mean loss of its pictures, the largest learning rate of
@@ -48,7 +52,7 @@ def train(config: Config, *, device: str = "auto", progress: Progress | None = N
     """Train as `config` says, from where its folder stands; a run that is done yields nothing.
 
     Closing the generator keeps the state of the last step. LineageError before the first step for all that cannot be
-    trained, and for a loss that is no number."""
+    trained; Diverged for a loss that is no number."""
     folder = RunFolder(config)
     if folder.done:
         return
@@ -119,7 +123,7 @@ class Training:
         return self.config.network.text_encoder or self.words is not None
 
     def advance(self) -> Record:
-        """Take one step. LineageError where its loss is no number."""
+        """Take one step. Diverged where its loss is no number."""
         start = time.perf_counter()
         number = self.step + 1
         factor = optimizers.share(self.config.training, number, self.steps)
@@ -139,7 +143,7 @@ class Training:
             losses.append(float(loss.detach()))
             first += len(batch)
         if not math.isfinite(sum(losses)):
-            raise LineageError(
+            raise Diverged(
                 f"The loss of step {number} is {sum(losses)}. Lower training.lr, or use another training.precision."
             )
         self._move()

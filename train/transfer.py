@@ -25,11 +25,19 @@ from lineage.pairs import pick_device
 from lineage.records import restore
 from lineage.results import provenance, write_files
 from lineage.transfer_measures import readings
-from lineage.transfer_records import NOT_TESTABLE, Cell, PairPrediction, TransferResult, WorldFacts, predictions_hash
+from lineage.transfer_records import (
+    NOT_TESTABLE,
+    Cell,
+    Failed,
+    PairPrediction,
+    TransferResult,
+    WorldFacts,
+    predictions_hash,
+)
 from lineage.transfer_statistics import statistics
 from lineage.verdicts import hypotheses
 from train import world
-from train.cells import finished, jobs, run
+from train.cells import failed, finished, jobs, run
 from train.experiment import Experiment
 from train.own_files import FilesSite
 from train.sites import Site, WorldSite
@@ -69,17 +77,23 @@ def transfer_test(
     chosen = [site for site in sites(folder, experiment) if not finished_only or _complete(folder, experiment, site)]
     if not chosen:
         raise LineageError(f"{folder}: no world is finished yet.")
-    facts, foretold, cells = [], [], []
+    facts, foretold, cells, lost = [], [], [], []
     for site in chosen:
-        fact, pairs, measured = _measured(folder, experiment, site, device, pools, progress)
+        fact, pairs, measured, diverged = _measured(folder, experiment, site, device, pools, progress)
         facts.append(fact)
         foretold += pairs
         cells += measured
-    return _concluded(experiment, facts, foretold, cells, time.monotonic() - began)
+        lost += diverged
+    return _concluded(experiment, facts, foretold, cells, lost, time.monotonic() - began)
 
 
 def _concluded(
-    experiment: Experiment, facts: list[WorldFacts], foretold: list[PairPrediction], cells: list[Cell], seconds: float
+    experiment: Experiment,
+    facts: list[WorldFacts],
+    foretold: list[PairPrediction],
+    cells: list[Cell],
+    lost: list[Failed],
+    seconds: float,
 ) -> TransferResult:
     found = readings(cells, facts, experiment.design)
     claims = hypotheses(frame(found))
@@ -89,7 +103,7 @@ def _concluded(
     return TransferResult(
         told, experiment.to_json(), experiment.hash, predictions_hash(foretold), experiment.design, tuple(facts),
         tuple(foretold), tuple(cells), found.dropped, statistics(cells, facts, foretold, experiment.design),
-        claims, notes=(ONE_WORLD if experiment.files else MINIATURE,),
+        claims, tuple(lost), notes=(ONE_WORLD if experiment.files else MINIATURE,),
     )  # fmt: skip
 
 
@@ -103,14 +117,15 @@ def sites(folder: Path, experiment: Experiment) -> list[Site]:
 def _measured(
     folder: Path, experiment: Experiment, site: Site, device: str, pools: Callable[..., list[list[Cell]]],
     progress: Progress | None,
-) -> tuple[WorldFacts, list[PairPrediction], list[Cell]]:  # fmt: skip
+) -> tuple[WorldFacts, list[PairPrediction], list[Cell], list[Failed]]:  # fmt: skip
     """One site: what is missing of it is made, foretold and measured."""
     fact, pairs = _foretold(folder, experiment, site, progress)
     todo = jobs(folder, experiment, site, predictions_hash(pairs), device)
     if None in [finished(job) for job in todo]:  # all of them: stale ones are refused before anything is trained
         site.make(progress)
         _check_models(_foretold_file(folder, site), site)
-    return fact, pairs, [cell for found in pools(run, todo) for cell in found]
+    cells = [cell for found in pools(run, todo) for cell in found]
+    return fact, pairs, cells, [lost for job in todo if (lost := failed(job))]
 
 
 def _complete(folder: Path, experiment: Experiment, site: Site) -> bool:
