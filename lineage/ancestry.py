@@ -150,7 +150,7 @@ def _finetunes(
     above: dict[int, Sequence[int]] = {**{child: [p] for child, p in found.parent.items()}, **merges}
     lines = {m: ancestors(above, m) for m in range(len(kin))}
     for merged in pending:
-        joins.record(found, joins.settle(kin, merged, lines, chosen))
+        joins.record(found, joins.settle(merged, lines))
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,22 @@ from lineage.cluster_result import Evidence
 from lineage.ends import made_last, read_already
 from lineage.kin import Ancestry, Kin, Link, Merged
 from lineage.partial import (
-    Kept,
     Mixture,
     block_weighted,
-    kept_whole,
     mixtures,
     partial,
     spherical,
     tensor_table,
     tensor_weights,
-    unchanged,
 )
-from lineage.rounding import ulp
+from lineage.sparse import sparse
 from lineage.thresholds import Thresholds
 from lineage.unmerge import Reading
-from lineage.whitening import sampled
+from lineage.whitening import SLOTS, sampled
 
 Array = NDArray[np.float64]
 SINGLE_PRECISION = 1e-7  # of a weight, that its own float32 form is off
-LARGEST = 5  # tensors that show at once what no sparse merge is
+READ = 5  # tensors, large enough but no larger, that are read entry by entry
 DRAWS = 199  # bootstrap samples of blocks for a p-value
 
 
@@ -106,25 +103,18 @@ def partly(kin: Kin, core: Sequence[int], white: Array, merges: Sequence[int], c
     return found
 
 
-def settle(kin: Kin, merged: Merged, lines: Mapping[int, set[int]], chosen: Thresholds) -> Merged:
+def settle(merged: Merged, lines: Mapping[int, set[int]]) -> Merged:
     """A merge of which part is unexplained, now that the tree is known: a parent that the other one descends from only
-    stands for what both come from; entries left as they were in the base tell of TIES or DARE.
+    stands for what both come from.
 
     lines: model -> all it descends from, itself included."""
-    a, b = merged.reading.parents
-    if a in lines[b] or b in lines[a]:
-        keep = 1 if a in lines[b] else 0
-        own = merged.reading
-        reading = Reading(own.child, (own.parents[keep],), (own.weights[keep],), own.residual, own.own, own.floor)
-        return replace(merged, reading=reading)
-    base = max(lines[a] & lines[b], key=lambda m: (len(lines[m]), -m), default=None)
-    models = [kin.models[i] for i in (merged.reading.child, a, b, base) if i is not None]
-    held = [m for m in models if m is not None]
-    share, size = unchanged(held, list(kin.matrices)) if len(held) == 4 else (0.0, 1.0)
-    if share < chosen.dropped:
+    own = merged.reading
+    a, b = own.parents
+    if a not in lines[b] and b not in lines[a]:
         return merged
-    method = "ties" if size < chosen.dropped_small else "dare"
-    return replace(merged, method=method, unseen=False, confidence=chosen.merges[method])
+    keep = 1 if a in lines[b] else 0
+    reading = Reading(own.child, (own.parents[keep],), (own.weights[keep],), own.residual, own.own, own.floor)
+    return replace(merged, reading=reading)
 
 
 def _single(kin: Kin, child: int) -> bool:
@@ -163,8 +153,8 @@ def record(found: Ancestry, merged: Merged) -> None:
         "unknown": "one part of the child is a constant share of the parent's, more than training in common leaves",
         "slerp": "a spherical interpolation, up to rounding",
         "block_weighted": "an exact mixture with a weight for each block, up to rounding",
-        "ties": "whole entries of both parents' changes from the base, at one weight, the smallest dropped",
-        "dare": "whole entries of both parents' changes from the base, at one weight, others dropped at random",
+        "ties": "whole entries of the parents' changes from the base, the smallest dropped",
+        "dare": "whole entries of the parents' changes from the base, others dropped at random",
     }.get(merged.method, "an exact affine combination, up to rounding")
     why = (Evidence("residual", words, reading.ratio),)
     for parent, weight, (low, high) in zip(reading.parents, reading.weights, spans, strict=True):
@@ -251,42 +241,21 @@ def _by_tensor(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) ->
 
 
 def _sparse(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Merged | None:
-    """A base and two of its kin, of both of which whole entries are in the child at one and the same weight: TIES keeps
-    the largest changes (Yadav et al. 2023), DARE random ones (Yu et al. 2024)."""
-    near = near[: chosen.merge_pool]
+    """A base and others of whose changes from it whole entries are in the child: TIES, DARE."""
     held = kin.held([child, *near])
     if len(near) < 3 or held is None:
         return None
-    sets = unmerge.subsets(near, 3)
-    residual = unmerge.affine(kin.g, child, sets)[1]
-    worth = residual <= (1 - chosen.sparse_gain) * unmerge.distances(kin.g)[child, near].min()
     sizes = {t.name: t.entries for t in kin.prints[child].tensors}
-    names = sorted(kin.matrices, key=lambda n: (-sizes[n], n))
-    slots = {m: [sampled(w[n]).double() for n in names] for m, w in zip([child, *near], held, strict=True)}
-    steps = [ulp(sampled(held[0][n])).double() for n in names]
-    best, roles = None, None
-    for k in np.argsort(residual, kind="stable")[: chosen.sparse_sets]:
-        for base in map(int, sets[k] if worth[k] else ()):
-            a, b = (int(i) for i in sets[k] if i != base)
-            four = [slots[m] for m in (child, base, a, b)]
-            first = kept_whole([*zip(*(t[:LARGEST] for t in (*four, steps)), strict=True)])
-            if first and first.share < chosen.sparse_share / 2:
-                continue
-            found = kept_whole([*zip(*four, steps, strict=True)])
-            if found and _one_weight(found, chosen) and (best is None or found.share > best.share):
-                best, roles = found, (base, a, b)
-    if best is None or roles is None:
+    names = sorted(kin.matrices, key=lambda n: (sizes[n] < SLOTS, abs(sizes[n] - SLOTS), n))[:READ]
+    own, *pool = ([sampled(model[n]).flatten() for n in names] for model in held)
+    found = sparse(own, pool, chosen)
+    if found is None:
         return None
-    own = float(kin.rounding[child])
-    reading = Reading(child, roles, (1 - sum(best.weights), *best.weights), own, own, own)
-    method = "dare" if best.random else "ties"
+    parents = (near[found.base], *(near[i] for i in found.parents))
+    left = float(kin.rounding[child])
+    reading = Reading(child, parents, (1 - sum(found.scales), *found.scales), left, left, left)
+    method = "dare" if found.random else "ties"
     return Merged(reading, (), None, method, confidence=chosen.merges[method])
-
-
-def _one_weight(kept: Kept, chosen: Thresholds) -> bool:
-    """Whether both parents' changes are kept whole often, and at the same weight."""
-    low, high = sorted(kept.weights)
-    return kept.share > chosen.sparse_share and high < 1.05 * low
 
 
 def _interpolated(kin: Kin, child: int, near: Sequence[int], chosen: Thresholds) -> Merged | None:

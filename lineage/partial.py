@@ -15,14 +15,6 @@ from lineage.thresholds import CHOSEN, Thresholds
 
 Array = NDArray[np.float64]
 Models = Sequence[Mapping[str, Tensor]]
-CLEAR = 32.0  # roundings that a change is larger than, for its share in a child to be told
-FEWEST = 100  # such changes in a tensor
-ALIKE = 0.05  # logarithm of the weights of two tensors of one merge
-WHOLE = 1e-4  # of a change, that arithmetic may leave of it when it is held whole
-HIDDEN = 0.25  # of CLEAR, by which an entry must differ from what the other parent would have left
-BINS = 231  # of ratios from 0.1 to 10, 2 % wide
-NEIGHBOURS = 2.0  # times which a bin must exceed those beside it
-SMALL = 0.8  # of the usual change, below which what was dropped was chosen for being small
 
 
 @dataclass(frozen=True)
@@ -110,58 +102,6 @@ def tensor_weights(models: Models, names: Sequence[str]) -> tuple[dict[str, floa
     return dict(zip(names, map(float, weight), strict=True)), float(np.maximum(residual, 0).sum())
 
 
-@dataclass(frozen=True)
-class Kept:
-    """share: of the entries that hold a parent's change whole, of the parent that has fewer; weights: at which, of each
-    parent; random: whether what was dropped is as large as the rest, as in DARE, and not the smallest, as in TIES."""
-
-    share: float
-    weights: tuple[float, float]
-    random: bool
-
-
-def kept_whole(slots: Sequence[Sequence[Tensor]]) -> Kept | None:
-    """Entries at which x holds, at one weight per tensor, the whole change of a or of b from the base, and of the other
-    one's nothing. None where changes are too small to tell. slots: of each tensor x, base, a, b and the rounding steps
-    of x, all of one shape."""
-    found, dropped, usual = [], [], []
-    for own, start, one, other, step in slots:
-        moved, changes = own - start, (one - start, other - start)
-        seen = [change.abs() > CLEAR * step for change in changes]
-        if min(int(s.sum()) for s in seen) < FEWEST:
-            continue
-        spikes = [_spike(moved[s] / c[s]) for s, c in zip(seen, changes, strict=True)]
-        alone = [
-            s & ((moved - w * c).abs() < step + WHOLE * c.abs()) & ((moved - w2 * c2).abs() > 2 * CLEAR * HIDDEN * step)
-            for s, c, (_, w), c2, (_, w2) in zip(seen, changes, spikes, changes[::-1], spikes[::-1], strict=True)
-        ]
-        held = [min(spike, int(k.sum()) / int(s.sum())) for (spike, _), k, s in zip(spikes, alone, seen, strict=True)]
-        found.append((min(held), spikes[0][1], spikes[1][1], min(int(s.sum()) for s in seen)))
-        gone = (moved.abs() <= step) & (seen[0] | seen[1])
-        dropped.append((changes[0].abs() + changes[1].abs())[gone])
-        usual.append((changes[0].abs() + changes[1].abs())[seen[0] | seen[1]])
-    if len(found) < 3:
-        return None
-    rows = np.array(found)
-    alike = np.abs(np.log(rows[:, 1:3] / np.median(rows[:, 1:3], 0))).max(1) < ALIKE
-    rows[~alike, 0] = 0
-    gone = torch.cat(dropped)
-    random = bool(len(gone)) and float(gone.mean()) > SMALL * float(torch.cat(usual).mean())
-    share = float(np.average(rows[:, 0], weights=rows[:, 3]))
-    return Kept(share, (float(np.median(rows[:, 1])), float(np.median(rows[:, 2]))), random)
-
-
-def _spike(ratio: Tensor) -> tuple[float, float]:
-    """(share of the ratios that lie in the fullest bin beyond what its neighbours hold, that bin's ratio)."""
-    low, high = -float(np.log(10)), float(np.log(10))
-    counts = torch.histc(ratio[(ratio > 0.1) & (ratio < 10)].log(), BINS, low, high)
-    beyond = counts - (torch.nn.functional.avg_pool1d(counts[None, None], 9, 1, 4)[0, 0] * 9 - counts) / 8 * NEIGHBOURS
-    top = int(beyond.argmax())
-    edges = np.exp(low + (top + np.arange(2)) * (high - low) / BINS)
-    inside = ratio[(ratio >= edges[0]) & (ratio <= edges[1])]
-    return float(beyond[top]) / len(ratio), float(inside.median()) if len(inside) else 1.0
-
-
 def spherical(models: Models, names: Sequence[str]) -> float:
     """Squared residual of child (models[0]) as any linear combination, tensor by tensor, of models[1] and models[2]:
     what spherical interpolation is, whose coefficients do not sum to 1."""
@@ -173,19 +113,3 @@ def spherical(models: Models, names: Sequence[str]) -> float:
         weights = torch.linalg.lstsq(normal, right).solution
         total += float((x - weights @ basis).square().sum())
     return total
-
-
-def unchanged(models: Models, names: Sequence[str]) -> tuple[float, float]:
-    """Of the entries in which a and b (models[1], models[2]) both differ from their base (models[3]): the share in
-    which the child (models[0]) does not, up to rounding, and how far a and b are from the base there, relative to
-    all."""
-    kept = moved = 0
-    kept_size = moved_size = 0.0
-    for name in names:
-        x, a, b, base = (m[name].float().flatten() for m in models)
-        size = (a - base).abs() + (b - base).abs()
-        both = ((a - base).abs() > 0.1 * size) & ((b - base).abs() > 0.1 * size)
-        same = both & ((x - base).abs() < 1e-3 * size)
-        moved, kept = moved + int(both.sum()), kept + int(same.sum())
-        moved_size, kept_size = moved_size + float(size[both].sum()), kept_size + float(size[same].sum())
-    return (kept / moved, kept_size / kept / (moved_size / moved)) if kept else (0.0, 1.0)

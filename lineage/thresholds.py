@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 ROOT = {"centrality": 2.31, "degree": 0.38, "turns": 1.99, "growth": 1.29, "known": 1.0}
 
 MERGE_TRUST = {
-    "weighted_sum": 0.98, "add_difference": 0.97, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.86, "dare": 0.6,
+    "weighted_sum": 0.98, "add_difference": 0.97, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.95, "dare": 0.95,
     "unknown": 0.67,
 }  # fmt: skip
 
@@ -34,11 +34,12 @@ class Thresholds:
     single: float = 3.0  # of the expected rounding energy, that merges in float32 may leave
     half: float = 2.0**26  # rounding energy of float16 over that of float32: of a merge inside a merge
     certified: int = 8  # best candidates that are checked on the files themselves
-    sparse_gain: float = 0.2  # of the squared distance to the nearest model that three explain: perhaps a sparse merge
-    sparse_sets: int = 32  # of three models, that are looked at entry by entry
-    sparse_share: float = 0.1  # of the entries that hold the change of one parent whole, beyond chance
-    dropped: float = 0.05  # share of entries left as in the base, above which a merge dropped some on purpose
-    dropped_small: float = 0.8  # of the usual change: TIES drops what moved least, DARE at random
+    untouched: float = 0.03  # share of entries left as in a base, beyond chance, above which sparse merges are tried
+    sparse_bases: int = 6  # of those, the likeliest
+    sparse_parents: int = 6  # likeliest parents, of which all pairs are tried
+    sparse_share: float = 0.05  # of the entries that hold a parent's change, beyond chance; that one more explains
+    sparse_alone: float = 0.015  # of the entries that hold nothing, or one parent's change alone
+    sparse_explained: float = 0.95  # of the entries at which parents differ, that a sparse merge explains
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
     exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
     partial_pool: int = 64  # nearest models of which all pairs are tried for that
