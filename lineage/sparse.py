@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -30,8 +31,9 @@ Entries = Sequence[Tensor]
 @dataclass(frozen=True)
 class Sparse:
     """child = base + the kept entries of scale x (parent - base), of each parent; where several are kept, their sum or
-    mean. base, parents: places in the pool. explained: share of the entries for which that is so. random: whether what
-    was dropped is as large as the rest, as in DARE, and not the smallest, as in TIES."""
+    mean. base, parents: places in the pool. scales: medians over tensors, as DARE is also done to keep their norms.
+    explained: share of the entries for which that is so. random: whether what was dropped is as large as the rest, as
+    in DARE, and not the smallest, as in TIES."""
 
     base: int
     parents: tuple[int, ...]
@@ -63,7 +65,8 @@ def _read(child: Entries, base: int, pool: Sequence[Entries], step: Tensor, chos
     """The pair of parents that explains most with this base, and what explains much more beside it."""
     moved = _change(child, pool[base], step)
     changes = {i: _change(other, pool[base], step) for i, other in enumerate(pool) if i != base}
-    scales = {i: scale(moved, change) for i, change in changes.items()}
+    sizes = [t.numel() for t in child]
+    scales = {i: _scales(moved, change, sizes) for i, change in changes.items()}
     likely = sorted((-share, i) for i, (share, _) in scales.items() if share > chosen.sparse_share)
     parts = {i: scales[i][1] * changes[i] for _, i in likely[: chosen.sparse_parents]}
 
@@ -81,8 +84,8 @@ def _read(child: Entries, base: int, pool: Sequence[Entries], step: Tensor, chos
     apart, alone = told_apart(moved, [parts[i] for i in parents])
     if apart < chosen.sparse_explained or min(alone) < chosen.sparse_alone:
         return None
-    random = _random(moved, [parts[i] for i in parents], step, [t.numel() for t in child])
-    return Sparse(base, parents, tuple(scales[i][1] for i in parents), worth(parents), random)
+    random = _random(moved, [parts[i] for i in parents], step, sizes)
+    return Sparse(base, parents, tuple(float(scales[i][1].median()) for i in parents), worth(parents), random)
 
 
 def _change(model: Entries, base: Entries, step: Tensor) -> Tensor:
@@ -90,11 +93,24 @@ def _change(model: Entries, base: Entries, step: Tensor) -> Tensor:
     return torch.cat([m.double() - b.double() for m, b in zip(model, base, strict=True)]) / step
 
 
+def _scales(moved: Tensor, change: Tensor, sizes: Sequence[int]) -> tuple[float, Tensor]:
+    """(share of the larger changes that the child holds whole, the scale at every entry: that of its tensor, or of the
+    others where too few are large)."""
+    told = [scale(m, c) for m, c in zip(moved.split(sizes), change.split(sizes), strict=True)]
+    found = [(share, at) for share, at in told if at]
+    if not found:
+        return 0.0, torch.ones_like(moved)
+    usual = median(at for _, at in found)
+    each = torch.tensor([at or usual for _, at in told], dtype=moved.dtype)
+    return fmean(share for share, _ in found), each.repeat_interleave(torch.tensor(sizes))
+
+
 def scale(moved: Tensor, change: Tensor) -> tuple[float, float]:
-    """(share of the larger changes that the child holds whole at one scale, beyond chance; that scale)."""
+    """(share of the larger changes that the child holds whole at one scale, beyond chance; that scale, 0 where there
+    are too few of them)."""
     far = (change.abs() > CLEAR).nonzero().flatten()
     if len(far) < FEWEST:
-        return 0.0, 1.0
+        return 0.0, 0.0
     far = far[torch.arange(min(len(far), DRAWN)) * len(far) // min(len(far), DRAWN)]
     moved, change = moved[far], change[far]
     ratio, width = moved / change, _off(change) / change.abs()

@@ -26,6 +26,17 @@ def dare(base, parents, weights, density, seed=0):
     return made
 
 
+def dare_of_equal_norm(base, parents, weight, density, seed=0):
+    """As some do: what is kept of a tensor is scaled to the mean size of the whole."""
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for i, w in enumerate(base):
+        changes = [p[i] - w for p in parents]
+        kept = [c * (torch.rand(len(w), generator=g) < density) for c in changes]
+        made.append(w + sum(weight * k * (c.abs().sum() / k.abs().sum()) for c, k in zip(changes, kept, strict=True)))
+    return made
+
+
 def ties(base, parents, weight, density):
     """Yadav et al. 2023: trim, elect signs, mean of those that agree."""
     made = []
@@ -60,7 +71,12 @@ def test_parents_may_have_different_weights_and_be_three():
     found = sparse(dare(base, (a, b), (0.2, 0.7), 0.5), [base, a, b, c, other])
     assert found is not None
     assert found.scales == pytest.approx((0.4, 1.4), rel=1e-3)
-    for child in (dare(base, (a, b, c), (0.3, 0.3, 0.3), 0.5), ties(base, (a, b, c), 1.0, 0.5)):
+    three = (a, b, c)
+    for child in (
+        dare(base, three, (0.3, 0.3, 0.3), 0.5),
+        dare_of_equal_norm(base, three, 0.3, 0.5),
+        ties(base, three, 1.0, 0.5),
+    ):
         found = sparse(child, [other, c, base, b, a])
         assert found is not None
         assert (found.base, found.parents) == (2, (1, 3, 4))
