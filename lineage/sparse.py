@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -94,24 +93,28 @@ def _change(model: Entries, base: Entries, step: Tensor) -> Tensor:
 
 
 def _scales(moved: Tensor, change: Tensor, sizes: Sequence[int]) -> tuple[float, Tensor]:
-    """(share of the larger changes that the child holds whole, the scale at every entry: that of its tensor, or of the
-    others where too few are large)."""
-    told = [scale(m, c) for m, c in zip(moved.split(sizes), change.split(sizes), strict=True)]
-    found = [(share, at) for share, at in told if at]
-    if not found:
-        return 0.0, torch.ones_like(moved)
-    usual = median(at for _, at in found)
-    each = torch.tensor([at or usual for _, at in told], dtype=moved.dtype)
-    return fmean(share for share, _ in found), each.repeat_interleave(torch.tensor(sizes))
+    """(share of the larger changes that the child holds whole, the scale at every entry: one for all tensors, but a
+    tensor's own where more of it is held at that)."""
+    usual, shares, scales = fitted(moved, change), [], []
+    for m, c in zip(moved.split(sizes), change.split(sizes), strict=True):
+        share, at = max(((held(m, c, at), at) for at in (usual, fitted(m, c))), key=lambda found: found[0])
+        shares.append(share)
+        scales.append(at)
+    each = torch.tensor(scales, dtype=moved.dtype).repeat_interleave(torch.tensor(sizes))
+    return sum(share * n for share, n in zip(shares, sizes, strict=True)) / sum(sizes), each
 
 
-def scale(moved: Tensor, change: Tensor) -> tuple[float, float]:
-    """(share of the larger changes that the child holds whole at one scale, beyond chance; that scale, 0 where there
-    are too few of them)."""
+def _far(change: Tensor) -> Tensor:
+    """Where changes are large, at most DRAWN places, evenly spread."""
     far = (change.abs() > CLEAR).nonzero().flatten()
+    return far[torch.arange(min(len(far), DRAWN)) * len(far) // min(len(far), DRAWN)] if len(far) else far
+
+
+def fitted(moved: Tensor, change: Tensor) -> float:
+    """The scale at which the child holds most of the larger changes whole; 1 where there are too few."""
+    far = _far(change)
     if len(far) < FEWEST:
-        return 0.0, 0.0
-    far = far[torch.arange(min(len(far), DRAWN)) * len(far) // min(len(far), DRAWN)]
+        return 1.0
     moved, change = moved[far], change[far]
     ratio, width = moved / change, _off(change) / change.abs()
     found = _fullest(ratio, width)
@@ -120,9 +123,17 @@ def scale(moved: Tensor, change: Tensor) -> tuple[float, float]:
         if int(near.sum()) < FEWEST // 4:
             break
         found = _median(ratio[near], width[near].square().reciprocal())
-    off, most = (moved - found * change).abs(), _off(found * change)
+    return found
+
+
+def held(moved: Tensor, change: Tensor, scale: float) -> float:
+    """Share of the larger changes that the child holds whole at a scale, beyond chance; 0 where there are too few."""
+    far = _far(change)
+    if len(far) < FEWEST:
+        return 0.0
+    off, most = (moved[far] - scale * change[far]).abs(), _off(scale * change[far])
     beside = ((off > 2 * most) & (off <= 4 * most)).double().mean() / 2
-    return float((off <= most).double().mean() - beside), found
+    return float((off <= most).double().mean() - beside)
 
 
 def _off(*changes: Tensor) -> Tensor:
