@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lineage.transfer_records import Member, WorldFacts
 from reports.page import Safe, h, shortened, visible
 
-INDENT, LETTER, LONGEST = 11, 6.6, 20
+INDENT, LETTER, LONGEST = 11, 7.1, 20
 HALF, WHOLE = 590, 1240  # widths in px: of a panel beside another, of one alone
 SMALL, LARGE, NUMBERED = 24, 40, 31  # px of a cell, and from which it holds its number
 
