@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lineage import unmerge
+from lineage.certified import certified
 from lineage.cluster_result import Evidence
 from lineage.ends import made_last, read_already
 from lineage.kin import Ancestry, Kin, Link, Merged
@@ -19,7 +19,6 @@ from lineage.partial import (
     mixtures,
     partial,
     spherical,
-    tensor_table,
     tensor_weights,
 )
 from lineage.sparse import sparse
@@ -28,9 +27,15 @@ from lineage.unmerge import Reading
 from lineage.whitening import SLOTS, sampled
 
 Array = NDArray[np.float64]
-SINGLE_PRECISION = 1e-7  # of a weight, that its own float32 form is off
+WORDS = {
+    "unknown": "one part of the child is a constant share of the parent's, more than training in common leaves",
+    "stands_in": "nearly an affine combination; what is left is no rounding, as if one stood for a missing file",
+    "slerp": "a spherical interpolation, up to rounding",
+    "block_weighted": "an exact mixture with a weight for each block, up to rounding",
+    "ties": "whole entries of the parents' changes from the base, the smallest dropped",
+    "dare": "whole entries of the parents' changes from the base, others dropped at random",
+}
 READ = 5  # tensors, large enough but no larger, that are read entry by entry
-DRAWS = 199  # bootstrap samples of blocks for a p-value
 
 
 def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thresholds) -> list[int]:
@@ -41,11 +46,11 @@ def exact(kin: Kin, core: Sequence[int], found: Ancestry, seed: int, chosen: Thr
         every = [r for child in _left(core, found) for r in _readings(kin, core, child, coarse, chosen)]
         every = made_last(kin, [r for r in every if not read_already(kin, found, r)])
         for _, reading in sorted(unmerge.resolve(every, kin.g, core, chosen).items()):
-            record(found, _described(kin, reading, seed, chosen))
+            record(found, certified(kin, reading, coarse, seed, chosen))
     for child in _left(core, found):
         reading = _crowd(kin, core, _left(core, found), child, chosen)
         if reading and not read_already(kin, found, reading):
-            record(found, _described(kin, reading, seed, chosen))
+            record(found, certified(kin, reading, 1.0, seed, chosen))
     for child in _left(core, found):
         near = _nearest(kin.g, child, [i for i in core if i != child])
         if len(near) > 1 and _visible(kin, child, near, 1.0, chosen):
@@ -149,70 +154,14 @@ def record(found: Ancestry, merged: Merged) -> None:
     found.merges.append(merged)
     reading = merged.reading
     spans = merged.intervals or ((None, None),) * len(reading.parents)
-    words = {
-        "unknown": "one part of the child is a constant share of the parent's, more than training in common leaves",
-        "slerp": "a spherical interpolation, up to rounding",
-        "block_weighted": "an exact mixture with a weight for each block, up to rounding",
-        "ties": "whole entries of the parents' changes from the base, the smallest dropped",
-        "dare": "whole entries of the parents' changes from the base, others dropped at random",
-    }.get(merged.method, "an exact affine combination, up to rounding")
+    known = "stands_in" if merged.unseen and reading.ratio < 1 + len(reading.parents) else merged.method
+    words = WORDS.get(known, "an exact affine combination, up to rounding")
     why = (Evidence("residual", words, reading.ratio),)
     for parent, weight, (low, high) in zip(reading.parents, reading.weights, spans, strict=True):
         shown = weight if low is not None or merged.unseen else None
         found.links.append(
             Link(parent, reading.child, "merge", merged.confidence, why, weight=shown, low=low, high=high)
         )
-
-
-def _described(kin: Kin, reading: Reading, seed: int, chosen: Thresholds) -> Merged:
-    """Coefficients from the files themselves where they can be read; intervals by leaving out each block in turn; the
-    p-value by resampling them."""
-    reading, table = _certified(kin, reading)
-    sets, g = np.arange(1, len(reading.parents) + 1)[None], table.sum(0)
-    drawn = [unmerge.affine(g - part, 0, sets)[0][0] for part in table] if len(table) > 1 else []
-    left_out = np.array(drawn or [reading.weights])
-    n = len(left_out)
-    spread = np.sqrt((n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    half = chosen.interval * np.maximum(spread, _analytic(kin, reading, g)) + SINGLE_PRECISION
-    intervals = tuple((float(w - h), float(w + h)) for w, h in zip(reading.weights, half, strict=True))
-    method = "weighted_sum" if reading.convex else "add_difference"
-    return Merged(reading, intervals, _p_value(table, seed), method, confidence=chosen.merges[method])
-
-
-def _certified(kin: Kin, reading: Reading) -> tuple[Reading, Array]:
-    """The reading fitted anew in float64, and inner products (parts, k, k) of the child and its parents."""
-    members = [reading.child, *reading.parents]
-    models = kin.held(members)
-    if models is None:
-        return reading, kin.table[np.ix_(range(len(kin.table)), members, members)]
-    table = tensor_table(models, [*kin.matrices, *kin.vectors])
-    weights, residual = unmerge.affine(table.sum(0), 0, np.arange(1, len(members))[None])
-    once, chained = (reading.own * float(f[0]) for f in unmerge.floors(weights))
-    floor = once if reading.floor <= 1.001 * once else chained
-    again = tuple(map(float, weights[0]))
-    return Reading(reading.child, reading.parents, again, float(residual[0]), reading.own, floor), table
-
-
-def _analytic(kin: Kin, reading: Reading, inner: Array) -> Array:
-    """Standard deviation of each weight if the residual is noise of equal variance in all entries."""
-    g = unmerge.centred(inner, 1)[2:, 2:]
-    covariance = max(reading.residual, reading.own) / kin.entries * np.linalg.pinv(g, hermitian=True)
-    return np.sqrt(np.maximum([covariance.sum(), *np.diag(covariance)], 0))
-
-
-def _p_value(table: Array, seed: int) -> float:
-    """Share of samples of blocks in which the set without its least needed parent explains the child as well.
-    table: (blocks, k, k), the child first."""
-    rng = np.random.default_rng(seed)
-    parents = range(1, table.shape[1])
-    fewer = np.array(list(combinations(parents, len(parents) - 1)), np.intp)
-    as_well = 0
-    for _ in range(DRAWS):
-        weights = rng.multinomial(len(table), np.full(len(table), 1 / len(table))).astype(np.float64)
-        g = np.tensordot(weights, table, 1)
-        whole = unmerge.affine(g, 0, np.array([parents]))[1][0]
-        as_well += int(unmerge.affine(g, 0, fewer)[1].min() <= 2 * whole)
-    return (1 + as_well) / (1 + DRAWS)
 
 
 def _reading(kin: Kin, m: Mixture) -> Reading:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 ROOT = {"centrality": 2.31, "degree": 0.38, "turns": 1.99, "growth": 1.29, "known": 1.0}
 
 MERGE_TRUST = {
-    "weighted_sum": 0.98, "add_difference": 0.97, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.95, "dare": 0.95,
-    "unknown": 0.67,
+    "weighted_sum": 0.99, "add_difference": 0.97, "block_weighted": 0.94, "slerp": 0.95, "ties": 0.95, "dare": 0.95,
+    "unknown": 0.88,
 }  # fmt: skip
 
 
@@ -33,6 +33,8 @@ class Thresholds:
     interval: float = 5.0  # standard deviations of a coefficient from its middle to its bounds
     single: float = 3.0  # of the expected rounding energy, that merges in float32 may leave
     half: float = 2.0**26  # rounding energy of float16 over that of float32: of a merge inside a merge
+    half_least: float = 0.01  # of that, which such a merge leaves in most tensors
+    uneven: float = 10.0  # times the median over tensors, that residual over rounding may be in one of them
     certified: int = 8  # best candidates that are checked on the files themselves
     untouched: float = 0.03  # share of entries left as in a base, beyond chance, above which sparse merges are tried
     sparse_bases: int = 6  # of those, the likeliest

@@ -225,3 +225,34 @@ def test_what_descends_from_a_merge_is_not_taken_for_it(tmp_path):
     found["m"] = {k: found["b"][k] + 0.5 * (found["c"][k] - found["d"][k]) for k in a}
     found["x"] = kin.half(kin.tune(found["m"], 5, 2e-4))
     assert merges(found, tmp_path) == {"m": {"b", "c", "d"}}
+
+
+def test_a_near_copy_that_stands_for_a_missing_parent_does_not_pass_for_it(tmp_path):
+    a = kin.root(31)
+    b, c, d = (kin.tune(a, seed) for seed in (32, 33, 34))
+    near = {**b, "layers.3.attn.weight": kin.tune(b, 35, 0.001)["layers.3.attn.weight"]}
+    models = {"a": a, "c": c, "d": d, "near": near, "merge": kin.mix({"b": 0.6, "c": 0.4}, {"b": b, "c": c})}
+    (found,) = lineage.cluster(kin.save(models, tmp_path / "models"), cache=tmp_path / "cache").merges
+    assert found.child == "merge"
+    assert found.unseen_parent
+    assert {p.name for p in found.parents} <= {"near", "c"}
+    whole = {**models, "b": b}
+    (found,) = lineage.cluster(kin.save(whole, tmp_path / "whole"), cache=tmp_path / "cache").merges
+    assert not found.unseen_parent
+    assert {p.name for p in found.parents} == {"b", "c"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_intervals_hold_though_a_parent_is_its_base_made_shorter(tmp_path, dtype):
+    base = kin.root(100)
+    shorter = {k: 0.98 * w for k, w in kin.tune(base, 1, 0.004).items()}
+    tuned = {"p": kin.tune(base, 2, 0.01), "q": shorter, "r": kin.tune(base, 3, 0.01)}
+    tuned = {n: {k: w.to(dtype) for k, w in m.items()} for n, m in tuned.items()}
+    truth = {"p": 5 / 9, "q": 3 / 9, "r": 1 / 9}
+    wide = {n: {k: w.float() for k, w in m.items()} for n, m in tuned.items()}
+    models = {"base": base, **tuned, "merge": kin.mix(truth, wide)}
+    (found,) = lineage.cluster(kin.save(models, tmp_path / "models"), cache=tmp_path / "cache").merges
+    spans = {p.name: (p.low or 0.0, p.high or 0.0) for p in found.parents}
+    assert spans.keys() == truth.keys()
+    assert all(low <= truth[n] <= high for n, (low, high) in spans.items())
+    assert all(high - low < 1e-4 for low, high in spans.values())
