@@ -21,9 +21,7 @@ DRAWN = 20_000  # of them, in which a scale is looked for
 EXACT = 1e-4  # of a change, that arithmetic in single precision may be off
 LOWEST, HIGHEST, STEP = 0.1, 4.0, 0.01  # scales, and what they differ by, relative
 PARENTS = 4  # most of a merge
-LARGER = (
-    0.65  # of pairs of a kept and a dropped change, in which the kept one is larger: 0.5 by chance, 1 of the largest
-)
+LARGER = 0.65  # of pairs of a kept and a dropped change, whose kept one is larger: by chance 0.5, of the largest 1
 Entries = Sequence[Tensor]
 
 
@@ -174,12 +172,12 @@ def _sums(parts: Entries) -> Iterator[tuple[tuple[int, ...], Tensor]]:
 def _hits(moved: Tensor, parts: Entries) -> dict[tuple[int, ...], Tensor]:
     """Of every set of the parts, the entries that hold their sum or mean, up to rounding."""
     most = _off(*parts)
-    held = {}
+    found = {}
     for some, total in _sums(parts):
-        held[some] = (moved - total).abs() <= most
+        found[some] = (moved - total).abs() <= most
         if len(some) > 1:
-            held[some] |= (moved - total / len(some)).abs() <= most
-    return held
+            found[some] |= (moved - total / len(some)).abs() <= most
+    return found
 
 
 def explained(moved: Tensor, parts: Entries) -> float:
@@ -210,8 +208,8 @@ def _random(moved: Tensor, parts: Entries, step: Tensor, sizes: Sequence[int]) -
     clear, hits = _clear(parts), _hits(moved, parts)
     wins = pairs = 0.0
     for i, part in enumerate(parts):
-        held = torch.stack([hit for some, hit in hits.items() if i in some]).any(0)
-        for size, kept, told in zip(*((t.split(sizes)) for t in ((part * step).abs(), held, clear)), strict=True):
+        whole = torch.stack([hit for some, hit in hits.items() if i in some]).any(0)
+        for size, kept, told in zip(*(t.split(sizes) for t in ((part * step).abs(), whole, clear)), strict=True):
             order, kept = size[told].argsort().argsort().double(), kept[told]
             n = int(kept.sum())
             wins += float(order[kept].sum()) - n * (n - 1) / 2  # Mann & Whitney 1947
