@@ -10,6 +10,7 @@ import ctypes
 import functools
 import json
 import logging
+import math
 import platform
 import signal
 import sys
@@ -320,10 +321,14 @@ def apply(run: Run, model: Path, adapters: Sequence[str], half: bool) -> None:
 
 def _weighted(text: str) -> tuple[str, float]:
     path, colon, weight = text.rpartition(":")
-    try:
-        return (path, float(weight)) if colon else (text, 1.0)
-    except ValueError:  # the colon belongs to the path: C:\file
+    if not colon or Path(text).exists() or not Path(path).exists():  # the colon may belong to the path: C:\file
         return text, 1.0
+    try:
+        if math.isfinite(value := float(weight)):
+            return path, value
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{text}: {weight!r} is no weight. Write a number, as in {path}:0.65.")
 
 
 ADAPTER = click.Path(path_type=Path)

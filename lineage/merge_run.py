@@ -119,9 +119,9 @@ def _check_targets(paths: Sequence[Path], originals: Sequence[Path], folder: Pat
         if not path.resolve().is_relative_to(folder.resolve()):
             raise FileError(path, "lies outside the output folder.", "Name the output otherwise.")
         if any(path.exists() and original.exists() and path.samefile(original) for original in originals):
-            raise FileError(path, "is an input of this merge.", "Name another folder with -o.")
+            raise FileError(path, "is an input of this merge.", "Name another place with -o.")
         if path.exists() and not force:
-            raise FileError(path, "exists already.", "Name another folder with -o, or add --force.")
+            raise FileError(path, "exists already.", "Name another place with -o, or add --force.")
 
 
 def _state(path: Path) -> list[tuple[int, int, int]]:

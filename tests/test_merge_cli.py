@@ -70,3 +70,8 @@ def test_apply(call, zoo):
     assert str(zoo) not in (zoo / "x.safetensors").read_bytes()[:10000].decode("utf-8", "replace")
     assert call("apply", model, zoo / "ones.safetensors", "-o", zoo / "x.safetensors")[0] == 2
     assert call("apply", model, zoo / "ones.safetensors", "-o", zoo / "x.bin")[0] == 2
+    for weight in ("nan", "inf", "half", ""):
+        code, _, err = call("apply", model, f"{zoo / 'ones.safetensors'}:{weight}", "-o", zoo / "y.safetensors")
+        assert code == 2
+        assert f"'{weight}' is no weight" in err
+        assert not (zoo / "y.safetensors").exists()
