@@ -103,6 +103,7 @@ def test_captions_hold_what_their_setup_says(site):
 def test_regularisation_pictures_do_not_show_the_target(site):
     for setup in ("regularisation", "photo regularisation"):
         reg = lesson(site, setup).data.reg
+        assert reg
         told = {tag for file in reg.rglob("*.txt") for tag in file.read_text("utf-8").strip().split(", ")}
         artists = {tag for tag in told if tag.startswith("by ")}
         styles = TINY.trained[0].styles
