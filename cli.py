@@ -321,14 +321,15 @@ def apply(run: Run, model: Path, adapters: Sequence[str], half: bool) -> None:
 
 def _weighted(text: str) -> tuple[str, float]:
     path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists() or not Path(path).exists():  # the colon may belong to the path: C:\file
-        return text, 1.0
     try:
-        if math.isfinite(value := float(weight)):
-            return path, value
+        value = float(weight) if colon else math.nan
     except ValueError:
-        pass
-    raise click.BadParameter(f"{text}: {weight!r} is no weight. Write a number, as in {path}:0.65.")
+        value = math.nan
+    if math.isfinite(value):
+        return path, value
+    if colon and Path(path).exists():
+        raise click.BadParameter(f"{text}: {weight!r} is no weight. Write a number, as in {path}:0.65.")
+    return text, 1.0  # no colon, or one that belongs to the path: C:\file
 
 
 ADAPTER = click.Path(path_type=Path)

@@ -56,7 +56,7 @@ def refit(kin: Kin, reading: Reading) -> Refit:
 def from_rounding(fit: Refit, coarse: float, chosen: Thresholds) -> bool:
     """Whether what a reading leaves is spread over the tensors as rounding is. A parent in the stead of another leaves
     much where the two differ; `coarse` readings must leave what rounding to float16 does, or next to nothing."""
-    if fit.rounding is None:
+    if fit.rounding is None or np.isnan(fit.rounding).all():
         return True
     ratios = fit.residuals / fit.rounding
     usual, floor = np.nanmedian(ratios), fit.reading.floor / fit.reading.own
@@ -76,7 +76,9 @@ def certified(kin: Kin, reading: Reading, coarse: float, seed: int, chosen: Thre
     left_out = np.array(drawn or [reading.weights])
     n = len(left_out)
     spread = np.sqrt((n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0))
-    half = chosen.interval * np.maximum(spread, _analytic(kin, reading, g)) + _off(kin, reading, g)
+    half = chosen.interval * np.maximum(spread, _analytic(kin, reading, g)) + SINGLE_PRECISION * _leverage(
+        kin, reading, g
+    )
     intervals = tuple((float(w - h), float(w + h)) for w, h in zip(reading.weights, half, strict=True))
     method = "weighted_sum" if reading.convex else "add_difference"
     return Merged(reading, intervals, _p_value(table, seed), method, confidence=chosen.merges[method])
@@ -89,13 +91,13 @@ def _analytic(kin: Kin, reading: Reading, inner: Array) -> Array:
     return np.sqrt(np.maximum([covariance.sum(), *np.diag(covariance)], 0))
 
 
-def _off(kin: Kin, reading: Reading, inner: Array) -> Array:
-    """How far weights in single precision can mislead: each by itself, and by their sum, which makes the child longer
-    or shorter, as a parent may be that was trained with weight decay."""
+def _leverage(kin: Kin, reading: Reading, inner: Array) -> Array:
+    """How far weights go wrong for each unit that they are off: by itself, and by their sum, which makes the child
+    longer or shorter, as a parent may be that was trained with weight decay."""
     g = unmerge.centred(inner, 1)[2:, 2:]
     first, *rest = kin.squares[list(reading.parents)]
     along = np.linalg.pinv(g, hermitian=True) @ ((rest - first - np.diag(g)) / 2)  # of <P_i - P_1, P_1>
-    return SINGLE_PRECISION * (1 + np.abs([along.sum(), *along]))
+    return 1 + np.abs([along.sum(), *along])
 
 
 def _p_value(table: Array, seed: int) -> float:

@@ -28,8 +28,7 @@ from lineage.whitening import SLOTS, sampled
 
 Array = NDArray[np.float64]
 WORDS = {
-    "unknown": "one part of the child is a constant share of the parent's, more than training in common leaves",
-    "stands_in": "nearly an affine combination; what is left is no rounding, as if one stood for a missing file",
+    "unknown": "shares of these are in the child as a merge leaves them, but what is left is no rounding",
     "slerp": "a spherical interpolation, up to rounding",
     "block_weighted": "an exact mixture with a weight for each block, up to rounding",
     "ties": "whole entries of the parents' changes from the base, the smallest dropped",
@@ -154,8 +153,7 @@ def record(found: Ancestry, merged: Merged) -> None:
     found.merges.append(merged)
     reading = merged.reading
     spans = merged.intervals or ((None, None),) * len(reading.parents)
-    known = "stands_in" if merged.unseen and reading.ratio < 1 + len(reading.parents) else merged.method
-    words = WORDS.get(known, "an exact affine combination, up to rounding")
+    words = WORDS.get(merged.method, "an exact affine combination, up to rounding")
     why = (Evidence("residual", words, reading.ratio),)
     for parent, weight, (low, high) in zip(reading.parents, reading.weights, spans, strict=True):
         shown = weight if low is not None or merged.unseen else None

@@ -21,7 +21,6 @@ DRAWN = 20_000  # of them, in which a scale is looked for
 EXACT = 1e-4  # of a change, that arithmetic in single precision may be off
 LOWEST, HIGHEST, STEP = 0.1, 4.0, 0.01  # scales, and what they differ by, relative
 PARENTS = 4  # most of a merge
-LARGER = 0.65  # of pairs of a kept and a dropped change, whose kept one is larger: by chance 0.5, of the largest 1
 Entries = Sequence[Tensor]
 
 
@@ -81,7 +80,7 @@ def _read(child: Entries, base: int, pool: Sequence[Entries], step: Tensor, chos
     apart, alone = told_apart(moved, [parts[i] for i in parents])
     if apart < chosen.sparse_explained or min(alone) < chosen.sparse_alone:
         return None
-    random = _random(moved, [parts[i] for i in parents], step, sizes)
+    random = _random(moved, [parts[i] for i in parents], step, sizes, chosen)
     return Sparse(base, parents, tuple(float(scales[i][1].median()) for i in parents), worth(parents), random)
 
 
@@ -202,7 +201,7 @@ def told_apart(moved: Tensor, parts: Entries) -> tuple[float, list[float]]:
     return explained(moved, parts), [float(hit.double().mean()) for some, hit in hits.items() if len(some) < 2]
 
 
-def _random(moved: Tensor, parts: Entries, step: Tensor, sizes: Sequence[int]) -> bool:
+def _random(moved: Tensor, parts: Entries, step: Tensor, sizes: Sequence[int], chosen: Thresholds) -> bool:
     """Whether the changes that the child holds are no larger than those it does not, as chance would leave them: by the
     probability that one of the former exceeds one of the latter of the same tensor. sizes: of the tensors."""
     clear, hits = _clear(parts), _hits(moved, parts)
@@ -214,4 +213,4 @@ def _random(moved: Tensor, parts: Entries, step: Tensor, sizes: Sequence[int]) -
             n = int(kept.sum())
             wins += float(order[kept].sum()) - n * (n - 1) / 2  # Mann & Whitney 1947
             pairs += n * (len(kept) - n)
-    return wins < LARGER * pairs
+    return wins < chosen.sparse_larger * pairs

@@ -41,6 +41,7 @@ class Thresholds:
     sparse_parents: int = 6  # likeliest parents, of which all pairs are tried
     sparse_share: float = 0.05  # of the entries that hold a parent's change, beyond chance; that one more explains
     sparse_alone: float = 0.015  # of the entries that hold nothing, or one parent's change alone
+    sparse_larger: float = 0.65  # of pairs of a kept and a dropped change, whose kept one is larger: DARE 0.5, TIES 1
     sparse_explained: float = 0.95  # of the entries at which parents differ, that a sparse merge explains
     partial: float = 0.12  # a parent's share of a merge with an unseen parent lies between this and 1 - this
     exact_gain: float = 0.9  # of the squared distance to the nearer parent that an exact mixture explains
