@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+# a test file per process: what its tests share is made once
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test fast check bench clean
@@ -27,10 +29,10 @@ demo: setup
 	$(BIN)/lineage demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu and not rehearsal"
+	$(PYTEST) -m "not slow and not gpu and not rehearsal"
 
 check: setup
 	$(BIN)/ruff check .
