@@ -9,6 +9,11 @@
     if (source) image.src = source;
     else image.closest("button").replaceWith("no file");
   }
+  const grids = document.querySelectorAll(".pictures");
+  if (grids.length && !document.querySelector(".pictures img")) {
+    grids[0].closest("section").querySelector(".words").textContent = "The pictures of this run do not lie beside its result.";
+    for (const grid of grids) grid.closest("details").remove();
+  }
 
   const large = byId("enlarged");
   document.addEventListener("click", (event) => {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
 from statistics import fmean, stdev
 
 from lineage.transfer_measures import Readings
@@ -25,6 +25,7 @@ from reports.page import plot_text
 
 Pair = tuple[str, str]
 COLOURS = 10
+REACH = 1.0  # of effects: a whole lift
 VERDICT_COLOURS = {SUPPORTED: "@f2", CONTRADICTED: "@mark", UNDECIDED: "@null"}
 
 
@@ -149,27 +150,39 @@ def _ceiling(s: Score) -> Figure:
 
 
 def _interval_dots(
-    rows: Sequence[tuple[str, float, float | None, float | None]], colours: Sequence[str], name: str
+    rows: Sequence[tuple[str, float, float | None, float | None]],
+    colours: Sequence[str],
+    name: str,
+    reach: float = inf,
 ) -> Figure:
+    """What lies beyond `reach`, to either side, is a triangle there."""
+
+    def cut(x: float) -> float:
+        return max(-reach, min(reach, x))
+
     return {
         "type": "scatter",
         "mode": "markers",
         "name": name,
-        "x": [mean for _, mean, _, _ in rows],
+        "x": [cut(mean) for _, mean, _, _ in rows],
         "y": list(range(len(rows))),
-        "customdata": [[plot_text(what), _span(low, high)] for what, _, low, high in rows],
+        "customdata": [[plot_text(what), f"{mean:.3f}{_span(low, high)}"] for what, mean, low, high in rows],
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [0 if high is None else high - mean for _, mean, _, high in rows],
-            "arrayminus": [0 if low is None else mean - low for _, mean, low, _ in rows],
+            "array": [0 if high is None else cut(high) - cut(mean) for _, mean, _, high in rows],
+            "arrayminus": [0 if low is None else cut(mean) - cut(low) for _, mean, low, _ in rows],
             "color": "@muted",
             "thickness": 1.6,
             "width": 0,
         },
-        "marker": {"color": list(colours), "size": 10},
-        "hovertemplate": "%{customdata[0]}: %{x:.3f}%{customdata[1]}<extra></extra>",
+        "marker": {"color": list(colours), "size": 10, "symbol": [_symbol(mean, reach) for _, mean, _, _ in rows]},
+        "hovertemplate": "%{customdata[0]}: %{customdata[1]}<extra></extra>",
     }
+
+
+def _symbol(x: float, reach: float) -> str:
+    return "circle" if abs(x) <= reach else "triangle-left" if x < 0 else "triangle-right"
 
 
 def _span(low: float | None, high: float | None) -> str:
@@ -183,6 +196,7 @@ def effect_dots(hypotheses: Iterable[Hypothesis]) -> Figure:
         [(h.claim, h.effect or 0, h.low, h.high) for h in rows],
         [VERDICT_COLOURS.get(h.verdict, "@null") for h in rows],
         "effect",
+        REACH,
     )
     layout = {
         "yaxis": {**rows_axis([h.key for h in rows], 24), "zeroline": False},

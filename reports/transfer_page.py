@@ -238,7 +238,7 @@ def _claims(result: TransferResult, figures: dict[str, Figure]) -> Safe | None:
         figures["effects"] = effect_dots(result.hypotheses)
         drawn = panel(
             h("h3", "Effects"),
-            h("p", "Right of zero: as the article says.", class_="note"),
+            h("p", "Right of zero: as the article says. Triangles: beyond 1 to either side.", class_="note"),
             plot("effects", "Effects of the claims"),
         )
     lists = [_verdict(v, [x for x in result.hypotheses if x.verdict == v]) for v in VERDICTS]
@@ -348,7 +348,7 @@ def _rest(result: TransferResult) -> Safe:
         notes,
         _fold("Dropped", dropped, ("World", "Target", "Model", "Headroom", "Standard error", "Why")),
         _fold("Trainings that diverged", failed, ("World", "Target", "Base", "Way", "Seed", "Why")),
-        _fold("Ledger of runs", runs, ("Run",)),
+        _fold("Ledger of runs", runs, ("Run",)) if runs else None,
         _fold("Settings", [(k, str(x)) for k, x in result.config.items()], ("Name", "Value")),
         class_="rest loose",
     )  # fmt: skip

@@ -401,6 +401,16 @@ def test_a_picture_grows_and_closes(visit, transfer_file):
     assert not page.locator("#enlarged").is_visible()
 
 
+def test_pictures_that_are_not_there_are_said_to_be_missing_once(visit, transfer_file):
+    bare = transfer_file.with_name("bare") / "transfer.html"
+    bare.parent.mkdir()
+    result = transfer_result(draw(Plan(worlds=3)), 0, samples="a.png")
+    bare.write_text(build(json.loads(dumps(result)), bare.parent), encoding="utf-8")
+    page = visit(bare)
+    assert page.locator(".pictures").count() == 0
+    assert page.get_by_text("do not lie beside its result").count() == 1
+
+
 def test_a_claim_opens_its_figures(visit, transfer_file):
     page = visit(transfer_file)
     claim = page.locator(".claim", has_text="within a family").first

@@ -165,6 +165,17 @@ def test_figures_hold_what_the_result_holds(result):
     assert effect_dots(result.hypotheses)["data"][0]["x"] == sorted((h.effect for h in measured), reverse=True)
 
 
+def test_an_effect_beyond_a_whole_lift_lies_at_the_edge_and_says_its_size(result):
+    small, far = [
+        replace(h, effect=x, low=x - 1, high=x + 1) for h, x in zip(result.hypotheses, (0.5, -5), strict=False)
+    ]
+    drawn = effect_dots([far, small])["data"][0]
+    assert drawn["x"] == [0.5, -1]
+    assert drawn["marker"]["symbol"] == ["circle", "triangle-left"]
+    assert (drawn["error_x"]["arrayminus"], drawn["error_x"]["array"]) == ([1, 0], [0.5, 0])
+    assert drawn["customdata"][1][1] == "-5.000 (-6.000 to -4.000)"
+
+
 def test_speed_is_the_share_of_the_final_gain(result):
     curves = speed_curves(result, View(result).found, {})
     assert curves is not None
