@@ -137,6 +137,16 @@ def test_no_difference_is_a_claim_too(difference, verdict):
     assert h.verdict == verdict
 
 
+@pytest.mark.parametrize(("difference", "verdict"), [(0.1005, UNDECIDED), (0.102, CONTRADICTED)])
+def test_that_two_things_differ_is_corrected_for_the_table_as_all_else_is(difference, verdict):
+    claim = replace(CHAIN[0], measures=("lift",), margin=0.1)
+    rest = 39 * [replace(claim, margin=difference)]
+    h = hypotheses(with_values({"lift": difference}), [claim, *rest])[0]
+    assert h.p is not None
+    assert h.p < 0.01
+    assert h.verdict == verdict
+
+
 def test_beyond_is_a_difference_of_differences():
     """Up over down, less down over up: twice the effect."""
     up = replace(CHAIN[0], measures=("lift",))
