@@ -294,7 +294,7 @@ def missed(truth: Truth, answer: Answer, judged: Sequence[Judged]) -> list[str]:
         "calibration (1 - error)": (1 - calibration_error(judged), 0.95),
         "fine-tunes judged": (m.finetunes, 1000), "unrelated pairs judged": (pairs, 100_000),
     }  # fmt: skip
-    return [f"{name} {value:.3f} of {aim}" for name, (value, aim) in aims.items() if not value >= aim]
+    return [f"{name} {round(value, 3):g} of {aim}" for name, (value, aim) in aims.items() if not value >= aim]
 
 
 INTRODUCTION = """`{command}` wrote this page from networks that
