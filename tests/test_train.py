@@ -181,6 +181,16 @@ def test_a_run_that_is_done_does_nothing(tmp_path: Path):
     assert left_by(settings) == before
 
 
+def test_a_run_of_relative_paths_is_the_same_run_again(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = config(Path(), training__steps=1)
+    assert not settings.model.base.is_absolute()
+    assert len(finish(settings)) == 1
+    assert finish(settings) == []
+    monkeypatch.chdir(tmp_path.parent)
+    assert finish(config(tmp_path, training__steps=1)) == []
+
+
 def test_another_run_in_the_folder_is_refused(tmp_path: Path):
     finish(config(tmp_path, training__steps=1))
     with pytest.raises(LineageError, match=r"training\.lr is 0\.01 there and 0\.02 here.*another folder"):

@@ -30,7 +30,8 @@ class RunFolder:
 
     def _compare(self, there: Config) -> None:
         """Refuses another run; where the folder itself lies does not matter."""
-        old, new = (replace(c, save=replace(c.save, folder=Path())).changed() for c in (there, self.config))
+        here = Config.parse(self.config.to_toml(), Path())
+        old, new = (replace(c, save=replace(c.save, folder=Path())).changed() for c in (there, here))
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if differing:
             told = "; ".join(f"{k} is {_told(old, k)} there and {_told(new, k)} here" for k in differing[:3])

@@ -119,7 +119,9 @@ SPOKEN = {
 
 
 def toml_text(value: Any) -> str:
-    """A value as TOML writes it."""
+    """A value as TOML writes it; paths absolute, as a file's relative ones start where it lies."""
+    if isinstance(value, Path):
+        value = os.path.abspath(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
